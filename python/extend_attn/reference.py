@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Iterator, NamedTuple, Optional, Tuple
+from typing import Iterator, NamedTuple, Optional, Tuple
 
 import torch
 
-if TYPE_CHECKING:
-    from .inputs import Inputs
+from . import inputs as checked
+from .inputs import Inputs
 
 # Elements of the largest temporary (logits of one query chunk): 64 Mi, that is 256 MiB in fp32.
 LOGITS_PER_CHUNK = 1 << 26
@@ -246,3 +246,36 @@ def _ieee_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def extend_attention_fwd(
+    q_extend, k_extend, v_extend, o_extend, k_buffer, v_buffer, qo_indptr, kv_indptr, kv_indices, custom_mask,
+    is_causal, mask_indptr, max_len_extend, k_scale, v_scale, sm_scale=None, logit_cap=0.0,
+    skip_prefix_custom_mask=True, sliding_window_size=-1, sinks=None, window_kv_offsets=None, xai_temperature_len=-1,
+    *, return_lse: bool = False, q_positions=None, compute_dtype: torch.dtype = torch.float32,
+) -> Optional[torch.Tensor]:  # fmt: skip
+    """``extend_attn.extend_attention_fwd`` by the reference: same arguments, checks and results, on any device."""
+    inputs = checked.two_stage(
+        q_extend, k_extend, v_extend, o_extend, k_buffer, v_buffer, qo_indptr, kv_indptr, kv_indices, custom_mask,
+        is_causal, mask_indptr, max_len_extend, k_scale, v_scale, sm_scale, logit_cap, skip_prefix_custom_mask,
+        sliding_window_size, sinks, window_kv_offsets, xai_temperature_len,
+        return_lse=return_lse, q_positions=q_positions, max_len_prefix=None,
+    )  # fmt: skip
+    run(inputs, compute_dtype)
+    return inputs.lse
+
+
+def extend_attention_fwd_unified(
+    q, o, k_buffer, v_buffer, k_scale, v_scale, qo_indptr, kv_indptr, kv_indices, prefix_lens, max_len_extend,
+    custom_mask=None, mask_indptr=None, sm_scale=None, logit_cap=0.0, is_causal=True, sliding_window_size=-1,
+    sinks=None, window_start_pos=None, xai_temperature_len=-1,
+    *, return_lse: bool = False, q_positions=None, compute_dtype: torch.dtype = torch.float32,
+) -> Optional[torch.Tensor]:  # fmt: skip
+    """``extend_attn.extend_attention_fwd_unified`` by the reference: same arguments, checks and results."""
+    inputs = checked.unified(
+        q, o, k_buffer, v_buffer, k_scale, v_scale, qo_indptr, kv_indptr, kv_indices, prefix_lens, max_len_extend,
+        custom_mask, mask_indptr, sm_scale, logit_cap, is_causal, sliding_window_size, sinks, window_start_pos,
+        xai_temperature_len, return_lse=return_lse, q_positions=q_positions, max_len_prefix=None,
+    )  # fmt: skip
+    run(inputs, compute_dtype)
+    return inputs.lse
