@@ -1,0 +1,189 @@
+"""``python -m extend_attn demo``: the library's main job on real-sized input, each step checked against the reference."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import List, Optional, Tuple
+
+import torch
+
+from extend_attn import reference
+from extend_attn.attention import extend_attention_fwd, prepare
+from extend_attn.cli import scenario
+from extend_attn.cli.render import format_table, progress
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step showed. ``error`` and ``bound`` are relative to the Frobenius norm of the reference's output."""
+
+    step: str
+    layer: str
+    shape: str
+    plan: str
+    source: str
+    seconds: float
+    tflops: float
+    gbps: float
+    is_prefill: bool
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound  # False for NaN
+
+    def row(self) -> Tuple[str, ...]:
+        rate = f"{self.tflops:.3g} TFLOP/s" if self.is_prefill else f"{self.gbps:.4g} GB/s"
+        verdict = "ok" if self.passed else "FAILED"
+        took = f"{self.seconds * 1e6:.4g} us" if self.seconds < 0.01 else f"{self.seconds * 1e3:.4g} ms"
+        error = f"{self.error:.1e} <= {self.bound:.1e}"
+        return (self.layer, self.step, self.shape, self.plan, self.source, took, rate, error, verdict)
+
+
+HEADERS = ("layer", "step", "new tokens", "tile", "where from", "time", "rate", "error <= bound", "check")
+
+
+def run_step(step: scenario.Step, plan: Optional[str], compute_dtype: torch.dtype) -> Outcome:
+    """Run, check and time one step."""
+    q = step.arguments["q_extend"]
+    assert isinstance(q, torch.Tensor)
+    out = torch.full_like(q, float("nan"))
+    chosen = prepare(o_extend=out, plan=plan, **step.arguments)[2]  # type: ignore[arg-type]
+
+    def call() -> None:
+        extend_attention_fwd(o_extend=out, plan=plan, **step.arguments)  # type: ignore[arg-type]
+
+    begin = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - begin
+    if q.device.type == "cuda":
+        seconds = _gpu_seconds(call)
+    error, bound = check(step, out, compute_dtype)
+    on_kernels = q.device.type == "cuda" or interpreted()
+    return Outcome(
+        step=step.name,
+        layer=step.layer.name,
+        shape=step.shape(),
+        plan=str(chosen),
+        source=chosen.source if on_kernels else f"{chosen.source} (not run)",
+        seconds=seconds,
+        tflops=step.flops() / seconds / 1e12,
+        gbps=step.bytes() / seconds / 1e9,
+        is_prefill=step.is_prefill,
+        error=error,
+        bound=bound,
+    )
+
+
+def check(step: scenario.Step, out: torch.Tensor, compute_dtype: torch.dtype) -> Tuple[float, float]:
+    """Relative Frobenius error of ``out`` against the reference in ``compute_dtype``, and what it may be.
+
+    The bound is twice the error that rounding the reference itself to the output's type makes, plus one unit in the
+    last place of that type spread over the largest element: no kernel that rounds once can do better than half of it.
+    """
+    exact = torch.empty_like(out, dtype=torch.float32)
+    reference.extend_attention_fwd(o_extend=exact, compute_dtype=compute_dtype, **step.arguments)
+    exact = exact.double()
+    norm = exact.norm()
+    rounding = (exact.to(out.dtype).double() - exact).norm() / norm
+    ulp = torch.finfo(out.dtype).eps * exact.abs().max() / norm
+    return float((out.double() - exact).norm() / norm), float(2 * rounding + ulp)
+
+
+def interpreted() -> bool:
+    """Whether CPU tensors run on the kernels in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _gpu_seconds(call) -> float:
+    """Median of repeated calls with a cold L2, in seconds."""
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=10, rep=60, return_mode="median") / 1e3
+
+
+def _device(name: Optional[str]) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m extend_attn demo",
+        description="An 8k prompt prefilled in chunks and 32 sequences verifying 4 draft tokens, over a KV pool of page "
+        "size 1 with slots in random order, at Gemma-4 shapes. Every step is checked; exits with 1 if one is wrong.",
+    )
+    parser.add_argument("--device", help="cuda, cuda:1, cpu; by default the GPU if there is one")
+    parser.add_argument("--scale", choices=("auto", "full", "small"), default="auto", help="auto: full on a GPU")
+    parser.add_argument("--prompt", type=int, help="tokens of the prompt")
+    parser.add_argument("--chunk", type=int, help="tokens of a prefill chunk")
+    parser.add_argument("--batch", type=int, help="sequences that verify")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--plan", help="selector of the tiles: sglang, sglang-legacy, heuristic, table:PATH")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="write the results there too")
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Returns 0 if every step is right, else 1."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    for name in ("prompt", "chunk", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name}: {getattr(args, name)} is not a positive number")
+    device = _device(args.device)
+    full = args.scale == "full" or (args.scale == "auto" and device.type == "cuda")
+    scale = scenario.scaled(scenario.FULL if full else scenario.SMALL, args.prompt, args.chunk, args.batch)
+    print(_introduction(device, scale, full))
+    # What can be judged on a CPU is the fp32 reference or an interpreted kernel: it is held to fp64 there.
+    compute_dtype = torch.float32 if device.type == "cuda" else torch.float64
+
+    outcomes = []
+    kinds = scenario.layers(scale)
+    with progress(scale.num_steps() * len(kinds), "demo") as advance:
+        for layer in kinds:
+            for step in scenario.steps(layer, scale, getattr(torch, args.dtype), device, args.seed):
+                advance(f"{layer.name}, {step.name}: {step.shape()}")
+                outcomes.append(run_step(step, args.plan, compute_dtype))
+    print(format_table(HEADERS, [outcome.row() for outcome in outcomes]))
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump([{**asdict(o), "passed": o.passed} for o in outcomes], file, indent=1)
+    wrong = [o for o in outcomes if not o.passed]
+    print(f"\n{len(outcomes) - len(wrong)} of {len(outcomes)} steps agree with the {_judge(device)}.")
+    for o in wrong:
+        print(f"wrong: {o.layer}, {o.step}: error {o.error:.3e}, allowed {o.bound:.3e}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _judge(device: torch.device) -> str:
+    return "fp32 PyTorch reference" if device.type == "cuda" else "fp64 PyTorch reference"
+
+
+def _introduction(device: torch.device, scale: scenario.Scale, full: bool) -> str:
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    lines = [
+        f"extend-attn on {where}: a KV pool of page size 1, slots in random order, D={scenario.HEAD_DIM}, "
+        f"{scenario.NUM_Q_HEADS} query / {scenario.NUM_KV_HEADS} KV heads.",
+        f"A prompt of {scale.prompt} tokens in chunks of {scale.chunk}, then {scale.batch} sequences verifying "
+        f"{scale.draft} draft tokens, with a window of {scale.window} and with full attention.",
+    ]
+    if not full:
+        lines.append(f"Scaled down for {where} from a prompt of {scenario.FULL.prompt}; --scale full runs it all.")
+    if device.type == "cpu":
+        lines.append(
+            "No GPU is used: "
+            + (
+                "Triton's interpreter runs the kernels"
+                if interpreted()
+                else "the PyTorch reference computes in fp32, and the tiles are those that an sm_90 GPU would run"
+            )
+            + "; each step is checked against the reference in fp64."
+        )
+    return "\n".join(lines) + "\n"

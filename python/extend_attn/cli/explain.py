@@ -1,0 +1,77 @@
+"""``python -m extend_attn explain attention``: candidates, the illegal ones with why, the choice and its source."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any, Dict, List, Optional, get_type_hints
+
+from extend_attn.problem import Problem
+from extend_attn.selection import explain
+
+
+def add_problem_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of Problem, under its own name; a flag that is not given is absent from the namespace."""
+    hints = get_type_hints(Problem)
+    group = parser.add_argument_group("problem", "fields of extend_attn.Problem; without --problem the first nine are needed")
+    for field in dataclasses.fields(Problem):
+        flag = "--" + field.name.replace("_", "-")
+        required = field.default is dataclasses.MISSING
+        about = "needed" if required else f"default {field.default!r}"
+        common: Dict[str, Any] = dict(dest=field.name, default=argparse.SUPPRESS)
+        if hints[field.name] is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=about, **common)
+        else:
+            kind = hints[field.name] if hints[field.name] in (int, float, str) else int  # Optional[int]
+            group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=about, **common)
+
+
+def problem_from(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Problem:
+    """The problem of ``--problem`` with the flags laid over it; wrong usage ends the program with status 2."""
+    names = [field.name for field in dataclasses.fields(Problem)]
+    given = {name: value for name, value in vars(args).items() if name in names}
+    try:
+        if args.problem is not None:
+            return dataclasses.replace(Problem.from_json(_read(args.problem)), **given)
+        missing = [f.name for f in dataclasses.fields(Problem) if f.default is dataclasses.MISSING and f.name not in given]
+        if missing:
+            parser.error("give --problem FILE, or also " + " ".join("--" + m.replace("_", "-") for m in missing))
+        return Problem(**given)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        parser.error(str(error))
+
+
+def _read(path: str) -> str:
+    if path == "-":
+        return sys.stdin.read()
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m extend_attn explain", description="Why a problem gets the kernel and tile that it gets."
+    )
+    what = parser.add_subparsers(dest="what", required=True, metavar="attention")
+    attention = what.add_parser("attention", help="extend attention", description="Needs no GPU and no torch.")
+    attention.add_argument("--problem", metavar="FILE", help="a Problem as JSON (Problem.to_json); - reads stdin")
+    attention.add_argument("--device", help="h100, h200, sm_80, sm_90, ...; by default the GPU that is here")
+    attention.add_argument("--plan", help="selector: sglang, sglang-legacy, heuristic, table:PATH")
+    attention.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_problem_flags(attention)
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Returns 0, or 2 through argparse for a problem or device that cannot be."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    problem = problem_from(args, parser)
+    try:
+        explanation = explain(problem, args.device, plan=args.plan)
+    except (ValueError, LookupError, RuntimeError) as error:
+        parser.error(str(error))
+    print(json.dumps(explanation.to_json(), indent=1) if args.json else explanation)
+    return 0
