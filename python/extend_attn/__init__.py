@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .plan import DeviceSpec, Plan, Tile
     from .problem import Problem
     from .selection import explain, select_plan
-    from .warmup import WarmupReport, warmup
+    from .warming import WarmupReport, warmup
 
 # Where each public name lives.
 _HOME = {
@@ -30,8 +30,8 @@ _HOME = {
     "extend_attention_fwd_unified": "attention",
     "build_unified_kv_indices": "attention",
     "redundant_attention": "attention",
-    "warmup": "warmup",
-    "WarmupReport": "warmup",
+    "warmup": "warming",
+    "WarmupReport": "warming",
     "last_error": "checks",
     "Problem": "problem",
     "Plan": "plan",

@@ -1,4 +1,4 @@
-"""``python -m extend_attn COMMAND``: the command line. Each command is a module of extend_attn.cli with ``main(argv)``."""
+"""``python -m extend_attn COMMAND``: the command line. Each command is a module with ``main(argv)``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import List, Optional
 
 # Command -> (module, what it does). A module is imported only when its command is called: explain needs no torch.
 COMMANDS = {
-    "demo": ("extend_attn.cli.demo", "chunked prefill and draft verification over a scattered KV pool, checked step by step"),
+    "demo": ("extend_attn.cli.demo", "chunked prefill and draft verification over a scattered KV pool, checked"),
     "explain": ("extend_attn.cli.explain", "which kernel and tile a problem gets on a device, and why; needs no GPU"),
     "bench": ("extend_attn.bench", "measure against the peers that are installed"),
     "doctor": ("extend_attn.cli.doctor", "versions, devices, folders and settings, with what is wrong among them"),

@@ -24,8 +24,8 @@ def select_plan(
     """The plan that a call with this problem runs with; ``source`` says who chose it.
 
     device: a preset ("h100", "sm_90", ...), a DeviceSpec, or None for the current GPU (the only case that imports
-    torch). plan and tile overrule the choice as in ``extend_attention_fwd``; table is a file of measured rows to look in
-    first. ValueError for an unknown device and for an explicit plan that cannot run, RuntimeError without a GPU.
+    torch). plan and tile overrule the choice as in ``extend_attention_fwd``; table is a file of measured rows to look
+    in first. ValueError for an unknown device and for an explicit plan that cannot run, RuntimeError without a GPU.
     """
     return _select(problem, device_spec(device), plan=plan, tile=tile, table=table)
 

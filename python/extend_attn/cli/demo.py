@@ -1,4 +1,4 @@
-"""``python -m extend_attn demo``: the library's main job on real-sized input, each step checked against the reference."""
+"""``python -m extend_attn demo``: the library's main job on real-sized input, each step checked."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def _device(name: Optional[str]) -> torch.device:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m extend_attn demo",
-        description="An 8k prompt prefilled in chunks and 32 sequences verifying 4 draft tokens, over a KV pool of page "
-        "size 1 with slots in random order, at Gemma-4 shapes. Every step is checked; exits with 1 if one is wrong.",
+        description="An 8k prompt prefilled in chunks and 32 sequences verifying 4 draft tokens, over a KV pool of "
+        "page size 1 with slots in random order, at Gemma-4 shapes. Every step is checked; exits with 1 if one fails.",
     )
     parser.add_argument("--device", help="cuda, cuda:1, cpu; by default the GPU if there is one")
     parser.add_argument("--scale", choices=("auto", "full", "small"), default="auto", help="auto: full on a GPU")

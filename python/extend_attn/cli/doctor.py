@@ -1,4 +1,4 @@
-"""``python -m extend_attn doctor``: what is installed, what it runs on, which settings are in force, and what is wrong."""
+"""``python -m extend_attn doctor``: what is installed, on which devices, with which settings, and what is wrong."""
 
 from __future__ import annotations
 
@@ -115,9 +115,10 @@ def _lines(data: Dict[str, Any]) -> List[str]:
     lines += ["", "devices"]
     for d in data["devices"]:
         shared = "" if d["shared_memory"] is None else f", {d['shared_memory'] // 1024} KiB shared memory a block"
-        lines.append(f"  {d['index']}: {d['name']}, {d['capability']}, {d['sm_count']} SMs, {d['memory'] >> 30} GiB{shared}")
+        size = f"{d['sm_count']} SMs, {d['memory'] >> 30} GiB{shared}"
+        lines.append(f"  {d['index']}: {d['name']}, {d['capability']}, {size}")
     if not data["devices"]:
-        lines.append("  none: CPU tensors run on the PyTorch reference (TRITON_INTERPRET=1: on the interpreted kernels)")
+        lines.append("  none: CPU tensors run on the PyTorch reference (TRITON_INTERPRET=1: interpreted kernels)")
     for title in ("folders", "settings"):
         lines += ["", title]
         lines += [f"  {name:18} {value}" for name, value in data[title].items()] or ["  none"]
@@ -130,7 +131,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Returns 0, or 1 if something keeps the library from working."""
     parser = argparse.ArgumentParser(
         prog="python -m extend_attn doctor",
-        description="What is installed, what it runs on, which settings are in force; exits with 1 if something is wrong.",
+        description="What is installed, on which devices, with which settings; exits with 1 if something is wrong.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)

@@ -15,7 +15,7 @@ from extend_attn.selection import explain
 def add_problem_flags(parser: argparse.ArgumentParser) -> None:
     """One flag for each field of Problem, under its own name; a flag that is not given is absent from the namespace."""
     hints = get_type_hints(Problem)
-    group = parser.add_argument_group("problem", "fields of extend_attn.Problem; without --problem the first nine are needed")
+    group = parser.add_argument_group("problem", "fields of extend_attn.Problem; the first nine are needed or --problem")
     for field in dataclasses.fields(Problem):
         flag = "--" + field.name.replace("_", "-")
         required = field.default is dataclasses.MISSING
@@ -35,7 +35,8 @@ def problem_from(args: argparse.Namespace, parser: argparse.ArgumentParser) -> P
     try:
         if args.problem is not None:
             return dataclasses.replace(Problem.from_json(_read(args.problem)), **given)
-        missing = [f.name for f in dataclasses.fields(Problem) if f.default is dataclasses.MISSING and f.name not in given]
+        needed = [field.name for field in dataclasses.fields(Problem) if field.default is dataclasses.MISSING]
+        missing = [name for name in needed if name not in given]
         if missing:
             parser.error("give --problem FILE, or also " + " ".join("--" + m.replace("_", "-") for m in missing))
         return Problem(**given)

@@ -48,7 +48,7 @@ def layers(scale: Scale) -> List[Layer]:
 
 
 class KvPool:
-    """A KV pool of page size 1: any token may lie in any slot. Slots that hold no token are NaN, so a stray read shows."""
+    """A KV pool of page size 1: any token may lie in any slot. Slots without a token are NaN: a stray read shows."""
 
     def __init__(self, slots: int, dtype: torch.dtype, generator: torch.Generator):
         device = generator.device
@@ -94,7 +94,7 @@ class Step:
         return pairs * NUM_Q_HEADS * 2 * (HEAD_DIM + HEAD_DIM)
 
     def bytes(self) -> int:
-        """Bytes that must move at least once: queries, output, new keys and values, the prefix that is seen, its slots."""
+        """Bytes that must move once: queries, output, new keys and values, the prefix that is seen, its slots."""
         window = self.layer.sliding_window_size
         prefix = sum(min(p, window) if window > 0 else p for p in self.prefix_lens)
         extend = sum(self.extend_lens)
