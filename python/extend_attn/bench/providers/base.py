@@ -1,0 +1,72 @@
+"""What a provider of attention is to the bench: whether it can run a row here, and if so its calls.
+
+Nothing of this folder imports torch or a peer before a provider is asked to prepare: listing costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
+
+from ..problems import Row
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..data import Batch
+
+OWN = "extend_attn"  # the library's own provider name
+
+
+class Skip(Exception):
+    """This provider cannot run this row here; the text says why, for the reader of the table."""
+
+
+@dataclass
+class Prepared:
+    """A provider's calls on a batch. Anything a real engine does once a step, not once a layer, is done before.
+
+    run: computes set ``i`` and returns its output as the provider lays it out. rows: turns that into ``[T, Hq, D]``
+    (outside the timing). plan: what decided the speed, as JSON: the tile, the page size, what was done beforehand.
+    """
+
+    run: Callable[[int], Any]
+    rows: Callable[[Any], torch.Tensor] = lambda out: out
+    plan: Optional[Dict[str, Any]] = None
+    keep: List[Any] = field(default_factory=list)  # what must outlive the calls
+
+
+@dataclass(frozen=True)
+class Device:
+    """Facts about the machine that a skip may hang on; made without importing a peer."""
+
+    type: str  # "cuda" or "cpu"
+    name: str
+    capability: Optional[Tuple[int, int]] = None
+
+
+class Provider:
+    """One implementation. A subclass is a file of this folder; ``name`` is what ``--providers`` and JSON call it."""
+
+    name: str = ""
+    what: str = ""
+
+    def refuses(self, row: Row, device: Device) -> Optional[str]:
+        """Why this row cannot run here by its shape or the device; None if it may. Needs no GPU, imports no peer."""
+        return None
+
+    def prepare(self, batch: Batch, plan: Optional[Any] = None) -> Prepared:
+        """Import, load and plan. Raises Skip with the reason where the peer is absent or refuses."""
+        raise NotImplementedError
+
+    def versions(self) -> Dict[str, str]:
+        """Versions of what this provider brings along, if it is installed."""
+        return {}
+
+
+def needs_gpu(device: Device) -> Optional[str]:
+    return None if device.type == "cuda" else "needs a GPU"
+
+
+def needs_no_prefix(row: Row) -> Optional[str]:
+    return "takes no scattered prefix" if row.prefix else None

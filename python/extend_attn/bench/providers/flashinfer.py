@@ -1,0 +1,75 @@
+"""FlashInfer's paged prefill on the bench's pool, at page size 1. Planned beforehand, as an engine does once a step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Dict, Optional
+
+from ..problems import Row
+from .base import Device, Prepared, Provider, Skip, needs_gpu
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..data import Batch
+
+WORKSPACE_BYTES = 256 << 20
+LARGEST_HEAD_DIM = 256
+
+
+class FlashInfer(Provider):
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.name = f"flashinfer-{backend}"
+        self.what = f"FlashInfer paged prefill, backend {backend}, page size 1"
+
+    def refuses(self, row: Row, device: Device) -> Optional[str]:
+        if needs_gpu(device):
+            return needs_gpu(device)
+        if row.head_dim > LARGEST_HEAD_DIM:
+            return f"FlashInfer has no kernel past head dim {LARGEST_HEAD_DIM}"
+        if row.dtype == "float32":
+            return "FlashInfer takes 16-bit types"
+        if self.backend == "fa3" and (device.capability is None or device.capability[0] != 9):
+            return f"its fa3 backend is for compute capability 9.x, this is {device.capability}"
+        return None
+
+    def prepare(self, batch: Batch, plan: Optional[Any] = None) -> Prepared:
+        import torch
+
+        flashinfer = _import()
+        row = batch.row
+        length = row.prefix + row.new_tokens
+        indptr = torch.arange(row.batch + 1, dtype=torch.int32, device=batch.device) * length
+        last_page = torch.ones(row.batch, dtype=torch.int32, device=batch.device)
+        workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=batch.device)
+        dtype = getattr(torch, row.dtype)
+        wrappers, pools = [], []
+        for one in batch.sets:
+            wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=self.backend)
+            wrapper.plan(
+                batch.qo_indptr, indptr, one.all_slots.reshape(-1).to(torch.int32), last_page, row.num_q_heads,
+                row.num_kv_heads, row.head_dim, 1, causal=True, window_left=batch.window, q_data_type=dtype,
+                kv_data_type=dtype,
+            )  # fmt: skip
+            wrappers.append(wrapper)
+            pools.append((one.k_pool.unsqueeze(1), one.v_pool.unsqueeze(1)))
+
+        def run(i: int) -> torch.Tensor:
+            return wrappers[i].run(batch.sets[i].q, pools[i], out=batch.sets[i].o)
+
+        return Prepared(run=run, plan={"page_size": 1, "backend": self.backend}, keep=[workspace, wrappers])
+
+    def versions(self) -> Dict[str, str]:
+        try:
+            return {"flashinfer": _import().__version__}
+        except Skip:
+            return {}
+
+
+def _import() -> Any:
+    try:
+        import flashinfer
+
+        return flashinfer
+    except Exception as error:  # it compiles and probes at import; whatever stops it is the reason to show
+        raise Skip(f"flashinfer: {type(error).__name__}: {error}") from None

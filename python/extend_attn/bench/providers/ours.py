@@ -1,0 +1,84 @@
+"""The library itself, through its public function."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
+
+from .base import OWN, Prepared, Provider
+
+if TYPE_CHECKING:
+    from ..data import Batch
+
+
+class Ours(Provider):
+    name = OWN
+    what = "this library; --plan, --sweep and --candidates choose its plan"
+
+    def prepare(self, batch: Batch, plan: Optional[Any] = None) -> Prepared:
+        from extend_attn.attention import extend_attention_fwd, prepare
+
+        def arguments(i: int) -> tuple:
+            one = batch.sets[i]
+            return (
+                one.q, one.k, one.v, one.o, one.k_pool, one.v_pool, batch.qo_indptr, batch.kv_indptr,
+                one.prefix_slots, None, True, None, batch.row.new_tokens, 1.0, 1.0,
+            )  # fmt: skip
+
+        options = dict(sliding_window_size=batch.window, plan=plan)
+        calls = [arguments(i) for i in range(len(batch.sets))]
+        chosen = prepare(*calls[0], **options)[2] if batch.device.type == "cuda" else None  # a CPU runs the reference
+
+        def run(i: int):
+            extend_attention_fwd(*calls[i], **options)
+            return batch.sets[i].o
+
+        return Prepared(run=run, plan=plan_json(chosen))
+
+    def versions(self) -> Dict[str, str]:
+        from extend_attn import __version__
+
+        return {OWN: __version__}
+
+
+def plan_json(plan: Any) -> Optional[Dict[str, Any]]:
+    """A Plan as a JSON object (None where the call took no plan, as on a CPU)."""
+    if plan is None:
+        return None
+    data = plan.to_json()
+    return json.loads(data) if isinstance(data, str) else dict(data)
+
+
+def swept_plans(batch: Batch, which: str) -> List[Dict[str, Any]]:
+    """The plans of a sweep: ``sweep`` is the published list of 12 tiles, ``candidates`` what the plan module offers.
+
+    Illegal ones are left out; the library's own choice comes first.
+    """
+    from extend_attn.attention import prepare
+    from extend_attn.devices import device_spec
+    from extend_attn.plan import candidates as listed
+    from extend_attn.plan import illegal, select
+
+    one = batch.sets[0]
+    problem = prepare(
+        one.q, one.k, one.v, one.o, one.k_pool, one.v_pool, batch.qo_indptr, batch.kv_indptr, one.prefix_slots,
+        None, True, None, batch.row.new_tokens, 1.0, 1.0, sliding_window_size=batch.window,
+    )[1]  # fmt: skip
+    device = device_spec(batch.device)
+    if which == "sweep":
+        from extend_attn.plan.candidates import sweep12
+
+        plans = list(sweep12())
+    else:
+        plans = [select(problem, device), *listed(problem, device)]
+    legal: List[Dict[str, Any]] = []
+    for plan in plans:
+        data = plan_json(plan)
+        if data is not None and illegal(problem, plan, device) is None and _same(data) not in map(_same, legal):
+            legal.append(data)
+    return legal
+
+
+def _same(plan: Dict[str, Any]) -> Dict[str, Any]:
+    """A plan without where it came from."""
+    return {name: value for name, value in plan.items() if name != "source"}
