@@ -215,8 +215,11 @@ def _run(checked: Inputs, plan: PlanLike, tile: TileLike, check: bool) -> Option
     return checked.lse
 
 
-def run_plan(plan: Plan, checked: Inputs, problem: Problem, *, explicit: bool) -> List[tuple]:
-    """Launches ``plan``; one that the library chose steps down to the next legal tile if the device refuses it."""
+def run_plan(plan: Plan, checked: Inputs, problem: Problem, *, explicit: bool, key: Any = None) -> List[tuple]:
+    """Launches ``plan``; one that the library chose steps down to the next legal tile if the device refuses it.
+
+    A step down is remembered for ``key``, the ``Problem.key()`` that the plan was chosen for (None: this problem's).
+    """
     from .kernels.compat import OutOfResources
     from .kernels.launch import launch
 
@@ -229,7 +232,7 @@ def run_plan(plan: Plan, checked: Inputs, problem: Problem, *, explicit: bool) -
             if smaller is None or torch.cuda.is_current_stream_capturing():
                 raise
             warnings.warn(f"{plan} does not fit {device.name} ({error}); using {smaller}", stacklevel=4)
-            plan = _stepped_down[problem.key(), device] = smaller
+            plan = _stepped_down[problem.key() if key is None else key, device] = smaller
 
 
 def _plan(problem: Problem, device: torch.device, plan: PlanLike, tile: TileLike) -> Plan:
