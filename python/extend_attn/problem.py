@@ -174,6 +174,11 @@ class Problem:
         return self.max_len_extend * self.group
 
     @property
+    def packed_rows(self) -> int:
+        """``rows`` as the height of a packed tile: a power of two of at least 16."""
+        return max(16, bucket(self.rows))
+
+    @property
     def has_prefix(self) -> bool:
         """Whether keys may come from the pool, as far as a plan is concerned (``max_len_prefix`` is believed)."""
         return self.num_kv_indices > 0 and (self.unified or self.max_len_prefix != 0)

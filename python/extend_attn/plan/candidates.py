@@ -3,80 +3,119 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Iterator, List, Optional
+from typing import Iterable, Iterator, List, Optional
 
 from ..problem import Problem
 from .device import DeviceSpec
 from .heuristics import heuristic
 from .legality import illegal, shared_memory_bytes
-from .tile import BLOCK_MAX, BLOCK_MIN, Plan, Tile
+from .sglang_rule import sglang_plan
+from .tile import BLOCK_MAX, BLOCK_MIN, STAGES_MAX, Plan, Tile
+
+# Below this a K/V tile is too narrow to keep the tensor cores busy; rows are given up before keys are.
+NARROW_BLOCK_N = 32
 
 
 def candidates(problem: Problem, device: DeviceSpec) -> List[Plan]:
-    """Distinct plans, the heuristic's choice first, then its neighbours, then its ever smaller versions.
+    """Distinct plans: the heuristic's choice, its ever smaller versions, its neighbours, SGLang's rule and the old one.
 
-    Plans that are illegal on ``device`` are in it (``illegal`` says why); at least one is legal.
+    Plans that are illegal on ``device`` are in it (``illegal`` says why). The first legal one is the default where
+    nothing was measured.
     """
     first = heuristic(problem, device)
-    found: List[Plan] = []
-    for plan in (first, *_neighbours(first)):
-        if plan not in found:
-            found.append(plan)
-    plan = shrink(problem, first, device)
-    while plan is not None:
-        if plan not in found:
-            found.append(plan)
-        plan = shrink(problem, plan, device)
-    return found
+    return _distinct(
+        (
+            first,
+            *shrinking(problem, first, device),
+            *_neighbours(first),
+            sglang_plan(problem, device),
+            sglang_plan(problem, device, legacy=True),
+        )
+    )
 
 
-def _neighbours(plan: Plan) -> Iterator[Plan]:
-    tile = plan.tile
-    for changes in (
-        {"num_stages": tile.num_stages + 1},
-        {"num_stages": tile.num_stages - 1},
-        {"num_warps": tile.num_warps * 2},
-        {"block_n": tile.block_n * 2},
-        {"block_n": tile.block_n // 2},
-        {"block_n": tile.block_n // 2, "num_stages": tile.num_stages + 1},
-        {"block_m": tile.block_m * 2},
-        {"block_m": tile.block_m * 2, "num_warps": tile.num_warps * 2},
-    ):
-        values = {**tile.to_json(), **changes}
-        blocks = values["block_m"], values["block_n"]
-        if values["num_stages"] >= 1 and BLOCK_MIN <= min(blocks) and max(blocks) <= BLOCK_MAX:
-            yield replace(plan, tile=Tile(**values))
+def sweep12() -> List[Plan]:
+    """Twelve tiles around SGLang's published ones, for the tiled family with one head a tile.
 
-
-def shrink(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[Plan]:
-    """The next smaller plan, legal or not, or None at the end.
-
-    Fewer stages down to two, then fewer keys, then fewer rows down to the smallest blocks, then one stage. Every step
-    needs less shared memory.
+    Four heights by three pipelines, 64 keys wide: the rule before tuning (128, 64, 8 warps, 1 stage), both tuned tiles
+    (32, 64 and 16, 64 with 4 warps, 2 stages) and what lies between them.
     """
-    tile = plan.tile
-    if tile.num_stages > 2:
-        smaller = replace(tile, num_stages=tile.num_stages - 1)
-    elif tile.block_n > BLOCK_MIN:
-        smaller = replace(tile, block_n=tile.block_n // 2)
-    elif tile.block_m > BLOCK_MIN:
-        smaller = replace(tile, block_m=tile.block_m // 2)
-    elif tile.num_stages > 1:
-        smaller = replace(tile, num_stages=1)
-    else:
-        return None
-    return replace(plan, tile=smaller)
+    return [
+        Plan("tiled", Tile(block_m, 64, num_warps, num_stages), source="sweep")
+        for block_m in (16, 32, 64, 128)
+        for num_warps, num_stages in ((4, 1), (4, 2), (8, 1))
+    ]
+
+
+def fitting(problem: Problem, plan: Plan, device: DeviceSpec) -> Plan:
+    """``plan``, or the first smaller version of it that is legal; ``plan`` itself if there is none."""
+    for smaller in (plan, *shrinking(problem, plan, device)):
+        if illegal(problem, smaller, device) is None:
+            return smaller
+    return plan
 
 
 def step_down(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[Plan]:
     """The next plan after ``plan`` that is legal and needs less shared memory, or None if there is none.
 
-    For what the estimate did not foresee: the compiler may need more than ``shared_memory_bytes`` says.
+    For what the estimate did not foresee: the compiler may need more than ``shared_memory_bytes`` says. Following it
+    from any plan ends, since the estimate falls at every step.
     """
     before = shared_memory_bytes(problem, plan, device)
-    smaller = shrink(problem, plan, device)
-    while smaller is not None:
+    for smaller in shrinking(problem, plan, device):
         if shared_memory_bytes(problem, smaller, device) < before and illegal(problem, smaller, device) is None:
             return smaller
-        smaller = shrink(problem, smaller, device)
     return None
+
+
+def shrinking(problem: Problem, plan: Plan, device: DeviceSpec) -> Iterator[Plan]:
+    """Ever smaller versions of ``plan``, legal or not, down to the smallest tile.
+
+    Fewer stages down to two, fewer keys down to NARROW_BLOCK_N, fewer rows (which also free registers), then the
+    narrowest tile, and one stage last: without a pipeline nothing hides the loads.
+    """
+    while True:
+        tile = plan.tile
+        if tile.num_stages > 2:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
+        elif tile.block_n > NARROW_BLOCK_N:
+            tile = replace(tile, block_n=tile.block_n // 2)
+        elif tile.block_m > BLOCK_MIN:
+            tile = replace(tile, block_m=tile.block_m // 2)
+        elif tile.block_n > BLOCK_MIN:
+            tile = replace(tile, block_n=tile.block_n // 2)
+        elif tile.num_stages > 1:
+            tile = replace(tile, num_stages=1)
+        else:
+            return
+        plan = replace(plan, tile=tile)
+        yield plan
+
+
+def _neighbours(plan: Plan) -> Iterator[Plan]:
+    """One step in each direction, for sweeps."""
+    tile = plan.tile
+    wider, narrower = tile.block_n * 2, tile.block_n // 2
+    for changes in (
+        {"num_stages": tile.num_stages + 1},
+        {"num_stages": tile.num_stages - 1},
+        {"num_warps": 8 if tile.num_warps == 4 else 4},
+        {"block_n": wider, "num_stages": max(1, tile.num_stages - 1)},
+        {"block_n": narrower, "num_stages": tile.num_stages + 1},
+        {"block_m": tile.block_m * 2, "num_warps": 8},
+        {"block_m": tile.block_m // 2, "num_warps": 4},
+    ):
+        sizes = {**tile.to_json(), **changes}
+        blocks = sizes["block_m"], sizes["block_n"]
+        if 1 <= sizes["num_stages"] <= STAGES_MAX and BLOCK_MIN <= min(blocks) and max(blocks) <= BLOCK_MAX:
+            yield replace(plan, tile=Tile(**sizes))
+    if plan.family == "tiled":
+        yield replace(plan, pack_gqa=not plan.pack_gqa)
+    else:
+        yield replace(plan, split_kv=plan.split_kv * 2)
+        if plan.split_kv > 1:
+            yield replace(plan, split_kv=plan.split_kv // 2)
+
+
+def _distinct(plans: Iterable[Plan]) -> List[Plan]:
+    return list(dict.fromkeys(plans))  # plans are equal whoever chose them; the first of equals stays

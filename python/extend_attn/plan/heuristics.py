@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Optional
 
 from ..problem import Problem
+from .blocks import next_power_of_2
 from .device import DeviceSpec
-from .legality import next_power_of_two
 from .tile import Plan, Tile
 
 # Up to this many new tokens a sequence is memory bound whatever its prefix: its keys should be read once a KV head.
@@ -53,9 +53,9 @@ def packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
     """Rows: new tokens times the heads of a group. Keys: about PACKED_TILE_ELEMENTS a tile."""
     head_dim = max(problem.head_dim_qk, problem.head_dim_v)
     most = PACKED_BLOCK_M_MAX if head_dim < LARGE_HEAD_DIM else PACKED_BLOCK_M_MAX_LARGE
-    block_m = min(max(16, next_power_of_two(max(problem.rows, 1))), most)
+    block_m = min(max(16, next_power_of_2(max(problem.rows, 1))), most)
     # 192, 288 and 576 count as 128, 256 and 512: they are split into that block and a small rest
-    dim = next_power_of_two(head_dim + 1) // 2
+    dim = next_power_of_2(head_dim + 1) // 2
     block_n = min(max(16, PACKED_TILE_ELEMENTS // dim), PACKED_BLOCK_N_MAX)
     tile = Tile(block_m, block_n, PACKED_WARPS, PACKED_STAGES)
     return Plan("packed", tile, split_kv=splits(problem, device, block_m), source="heuristic")

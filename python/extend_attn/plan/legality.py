@@ -2,56 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import Optional
 
 from ..problem import ELEMENT_SIZE, Problem
+from .blocks import block_head_dim, block_head_dim_v
 from .device import DeviceSpec
 from .tile import Plan
 
 # 32-bit registers a thread can address (every architecture so far).
 REGISTERS_PER_THREAD = 255
 MAX_THREADS = 1024
+SCRATCH = 1024  # bytes: reductions across warps, barriers
 TMA_ALIGNMENT = 16  # bytes: base pointer and strides of a TMA descriptor
-
-
-def next_power_of_two(n: int) -> int:
-    """The smallest power of two that is at least ``n``, for n >= 1."""
-    return 1 << (n - 1).bit_length()
-
-
-def split_head_dim(head_dim: int) -> Tuple[int, int]:
-    """(block, rest) of a query/key head dim: powers of two that cover it, the rest 0 unless padding to one block would
-    waste much (576 = 512 + 64, 288 = 256 + 32, 192 = 128 + 64)."""
-    return {576: (512, 64), 288: (256, 32), 192: (128, 64)}.get(head_dim, (next_power_of_two(head_dim), 0))
 
 
 def shared_memory_bytes(problem: Problem, plan: Plan, device: DeviceSpec) -> int:
     """Estimate of the shared memory of one block, in bytes.
 
-    ``num_stages`` buffers of a K and a V tile, the query tile, and for an fp8 pool a converted copy of one K and V
-    tile. A V that lies in the pool's K takes none; the new tokens' own K and V run through the same buffers afterwards,
-    so the larger of the two counts.
+    The query tile; buffers of K and V, one a pipeline stage where the tensor cores read operands from shared memory
+    (``_reads_shared``) and one less where they read registers; for an fp8 pool a converted K and V in the former case,
+    the weights P in the latter. The pool's keys and the new ones use the same buffers in turn, so the larger counts,
+    and a V that is a part of its K takes none. Fitted to what Triton 3.7 allocates for sm_80 to sm_120.
     """
     tile = plan.tile
-    dim_k = sum(split_head_dim(problem.head_dim_qk))
-    dim_v = next_power_of_two(problem.head_dim_v)
     size = ELEMENT_SIZE[problem.dtype]
-    pool = new = 0
+    block_d, block_pe = block_head_dim(problem.head_dim_qk)
+    shared_operands = _reads_shared(problem, plan, device)
+    sources = []
     if problem.has_prefix:
-        dims = dim_k + (0 if problem.v_aliases_k_pool else dim_v)
-        pool = tile.num_stages * tile.block_n * dims * ELEMENT_SIZE[problem.kv_dtype]
-        if problem.kv_dtype != problem.dtype:
-            pool += tile.block_n * dims * size
+        sources.append((problem.kv_dtype, problem.v_aliases_k_pool))
     if not problem.unified:
-        dims = dim_k + (0 if problem.v_aliases_k_new else dim_v)
-        new = tile.num_stages * tile.block_n * dims * size
-    return max(pool, new) + tile.block_m * dim_k * size
+        sources.append((problem.dtype, problem.v_aliases_k_new))
+    buffers = 0
+    for dtype, v_is_k in sources:
+        block_dv = 0 if v_is_k else block_head_dim_v(problem.head_dim_v)
+        if tile.num_stages == 1:  # nothing is prefetched: K is gone when V comes
+            needed = tile.block_n * max(block_d, block_dv) * size
+        else:
+            stages = tile.num_stages if shared_operands else tile.num_stages - 1
+            dims = block_d + block_pe + block_dv
+            needed = stages * tile.block_n * dims * ELEMENT_SIZE[dtype]
+            if shared_operands and dtype != problem.dtype:
+                needed += tile.block_n * dims * size
+        buffers = max(buffers, needed)
+    weights = 0 if shared_operands else tile.block_m * tile.block_n * size
+    return tile.block_m * (block_d + block_pe) * size + buffers + weights + SCRATCH
+
+
+def _reads_shared(problem: Problem, plan: Plan, device: DeviceSpec) -> bool:
+    """Whether products run on warp-group tensor cores (Hopper, data-centre Blackwell), which take K and V from shared
+    memory: 16-bit types and at least 64 rows."""
+    major = 0 if isinstance(device.capability, str) else device.capability[0]
+    warp_group = major in (9, 10, 11)
+    return warp_group and plan.tile.block_m >= 64 and plan.tile.num_warps >= 4 and problem.dtype != "float32"
 
 
 def accumulator_registers(problem: Problem, plan: Plan, device: DeviceSpec) -> int:
     """Registers of one thread that hold the output accumulator and one tile of logits, both fp32."""
     tile = plan.tile
-    elements = tile.block_m * (next_power_of_two(problem.head_dim_v) + tile.block_n)
+    elements = tile.block_m * (block_head_dim_v(problem.head_dim_v) + tile.block_n)
     return elements // (tile.num_warps * device.warp_size)
 
 
@@ -76,16 +85,10 @@ def illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
         return f"num_warps: {tile.num_warps} x {device.warp_size} threads; a block has at most {MAX_THREADS}"
     registers = accumulator_registers(problem, plan, device)
     if registers > REGISTERS_PER_THREAD:
-        return (
-            f"registers: accumulator and logits of {tile} take {registers} registers a thread; "
-            f"there are {REGISTERS_PER_THREAD} (smaller block_m, or more warps)"
-        )
+        return f"registers: {registers} a thread for accumulator and logits; there are {REGISTERS_PER_THREAD}"
     needed = shared_memory_bytes(problem, plan, device)
     if needed > device.shared_memory:
-        return (
-            f"shared memory: {tile} needs about {needed} bytes; {device.name} ({device.arch}) "
-            f"gives a block {device.shared_memory} (fewer stages or smaller blocks)"
-        )
+        return f"shared memory: about {needed} bytes; a block on {device.arch} has {device.shared_memory}"
     return None
 
 

@@ -1,42 +1,147 @@
-"""Which plan a problem gets. The order: what the caller says, the user's table, measured rows, the heuristic."""
+"""Which plan a problem gets.
+
+The order: what the caller says, the user's own table, measured rows that ship with the package, the heuristic, SGLang's
+rule. The first that is legal on the device is taken, and ``Plan.source`` says which it was.
+"""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, Mapping, Optional, Sequence, Union
+import os
+from dataclasses import replace
+from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Union
 
 from ..problem import Problem
-from .candidates import candidates
+from . import tables
+from .candidates import candidates, fitting
 from .device import DeviceSpec
+from .heuristics import heuristic
 from .legality import illegal
+from .sglang_rule import sglang_plan
 from .tile import Plan, Tile
+
+PlanLike = Union[None, str, Plan, Mapping[str, Any]]
+TileLike = Union[None, Tile, Mapping[str, Any], Sequence[int]]
+
+SELECTORS = ("sglang", "sglang-legacy", "heuristic", "table:PATH")
+_TABLE_PREFIX = "table:"
+
+_CACHE_MAX = 4096  # keys hold buckets, so one process meets few; the limit only bounds a pathological one
+_cache: Dict[Any, Plan] = {}
 
 
 def select(
     problem: Problem,
     device: DeviceSpec,
     *,
-    plan: Union[None, str, Plan, Mapping[str, Any]] = None,
-    tile: Union[None, Tile, Mapping[str, Any], Sequence[int]] = None,
+    plan: PlanLike = None,
+    tile: TileLike = None,
     table: Optional[str] = None,
 ) -> Plan:
-    """The plan for ``problem`` on ``device``."""
-    default = _default(problem.key(), problem.bucketed(), device)
-    if plan is None and tile is None:
-        return default
+    """The plan that ``problem`` runs with on ``device``; what a repeated call costs is one look into a dict.
+
+    ``plan``: None for the default choice; a Plan; a dict of Plan fields, the missing ones from the default choice (of
+    the family that the dict names); or a selector: "heuristic" (no tables), "sglang", "sglang-legacy", "table:PATH"
+    (as ``table=PATH``). ``tile`` is short for ``plan={"tile": tile}`` and may accompany a selector. ``table`` is a
+    file of measured rows that stands for the user's own; a problem that it does not cover goes on to the packaged ones.
+
+    Raises ValueError (or TypeError) naming the argument: an unknown selector or field, a bad table file, and an
+    explicit plan that cannot run, with the reason. What is chosen by default is always legal; NotImplementedError if
+    nothing is.
+    """
+    key = (
+        problem.key(),
+        device,
+        _frozen(plan),
+        _frozen(tile),
+        table,
+        os.environ.get(tables.ENVIRONMENT),
+        os.environ.get("XDG_CONFIG_HOME"),
+        problem.batch_size >= 8 if plan in ("sglang", "sglang-legacy") else None,
+    )
+    try:
+        found = _cache.get(key)
+    except TypeError:  # an argument that cannot be hashed: no plan looks like that, so this raises what is wrong
+        return _choose(problem, device, plan, tile, table)
+    if found is None:
+        found = _choose(problem, device, plan, tile, table)
+        if len(_cache) >= _CACHE_MAX:
+            _cache.clear()
+        _cache[key] = found
+    return found
+
+
+def forget() -> None:
+    """Drops every remembered choice and table, so that changed table files count."""
+    _cache.clear()
+    tables.forget()
+
+
+def _choose(problem: Problem, device: DeviceSpec, plan: PlanLike, tile: TileLike, table: Optional[str]) -> Plan:
+    changes: Dict[str, Any] = {}
+    if isinstance(plan, Mapping):
+        changes = dict(plan)
+    elif isinstance(plan, Plan):
+        changes = {"tile": plan.tile}
+    if tile is not None:
+        if "tile" in changes:
+            raise ValueError(f"tile: got {tile!r} beside a plan that already names its tile; give one of them")
+        changes["tile"] = tile
+
     if isinstance(plan, Plan):
-        chosen = plan
+        chosen = replace(plan, source="explicit")
     else:
-        changes = dict(plan) if isinstance(plan, Mapping) else {}
-        if tile is not None:
-            changes["tile"] = tile
-        chosen = default.merged({**changes, "source": "explicit"})
+        base, named = _base(problem, device, plan, table, changes.get("family"))
+        if not changes and not named:
+            return base
+        chosen = base.merged({**changes, "source": "explicit"}) if changes else base
     reason = illegal(problem, chosen, device)
     if reason:
-        raise ValueError(f"plan: {reason}")
+        raise ValueError(f"plan: {chosen} cannot run here: {reason}")
     return chosen
 
 
-@lru_cache(maxsize=4096)
-def _default(key: Any, problem: Problem, device: DeviceSpec) -> Plan:
-    return next(plan for plan in candidates(problem, device) if illegal(problem, plan, device) is None)
+def _base(
+    problem: Problem, device: DeviceSpec, plan: PlanLike, table: Optional[str], family: Optional[str]
+) -> Tuple[Plan, bool]:
+    """(the plan before explicit fields are laid over it, whether it was named and so must be legal as it is)."""
+    sized = problem.bucketed()  # so that every problem of one key gets one plan
+    if isinstance(plan, str):
+        if plan in ("sglang", "sglang-legacy"):
+            return sglang_plan(problem, device, legacy=plan == "sglang-legacy"), True
+        if plan == "heuristic":
+            return fitting(sized, heuristic(sized, device), device), True
+        if not plan.startswith(_TABLE_PREFIX) or plan == _TABLE_PREFIX:
+            raise ValueError(f"plan: got {plan!r}; selectors are {', '.join(SELECTORS)}")
+        table = plan[len(_TABLE_PREFIX) :]
+    elif plan is not None and not isinstance(plan, Mapping):
+        raise TypeError(f"plan: got {plan!r}; expected a Plan, a dict of its fields, or a selector's name")
+    default = default_plan(sized, device, table)
+    if family in ("tiled", "packed") and family != default.family:
+        return fitting(sized, heuristic(sized, device, family), device), False
+    return default, False
+
+
+def default_plan(problem: Problem, device: DeviceSpec, table: Optional[str] = None) -> Plan:
+    """The first legal plan of the tables and the candidates."""
+    for plan in (*measured(problem, device, table), *candidates(problem, device)):
+        if illegal(problem, plan, device) is None:
+            return plan
+    raise NotImplementedError(
+        f"plan: no tile fits head dims {problem.head_dim_qk}/{problem.head_dim_v} in {problem.dtype} on {device.name} "
+        f"({device.arch}, {device.shared_memory} bytes of shared memory)"
+    )
+
+
+def measured(problem: Problem, device: DeviceSpec, table: Optional[str] = None) -> Iterator[Plan]:
+    """Plans of measured rows, the user's own table before the packaged one, nearest row first; legal or not."""
+    path = tables.user_table_path(table)
+    for found in (tables.load(path) if path else None, tables.packaged_table(device)):
+        if found is not None:
+            yield from found.matches(problem, device)
+
+
+def _frozen(value: Any) -> Any:
+    """A hashable stand-in for an argument."""
+    if isinstance(value, Mapping):
+        return tuple((name, _frozen(item)) for name, item in value.items())
+    return tuple(value) if isinstance(value, list) else value

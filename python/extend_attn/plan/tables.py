@@ -1,0 +1,219 @@
+"""Measured plans: JSON tables, where they are looked for, and which row speaks for a problem.
+
+A table is one file::
+
+    {"schema": 1, "arch": "sm_90", "rows": [{
+        "device": "NVIDIA H200", "sm_count": 132, "triton": "3.6.0", "date": "2026-11-24", "command": "...",
+        "problem": {...Problem.to_json()}, "plan": {...Plan.to_json()}, "us": 34.1}]}
+
+``arch`` may be left out of a user's own table, whose rows are then matched by device and SM count only. The packaged
+tables lie beside this file in ``tables/``, one an architecture. The user's own table is the one given as an argument,
+else the file that ``EXTEND_ATTN_TABLE`` names, else ``table.json`` in the user's config folder. Files are read once a
+process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Iterator, List, Mapping, Optional, Tuple
+
+from ..problem import Problem
+from .device import DeviceSpec
+from .heuristics import PACKED_MAX_LEN_EXTEND
+from .tile import Plan
+
+SCHEMA = 1
+ENVIRONMENT = "EXTEND_ATTN_TABLE"
+USER_FILE = "table.json"
+PACKAGED = Path(__file__).with_name("tables")
+
+# A row speaks for problems whose size buckets (powers of two) are at most this many octaves away.
+OCTAVES_OF_BATCH = 1  # sequences x KV heads
+OCTAVES_OF_EXTEND = 1  # beyond the packed regime; within it the rows must fill the same tile
+OCTAVES_OF_PREFIX = 2
+PREFIX_IS_LONG = 1 << 14  # tokens; from here on longer prefixes behave alike, and an unknown length counts as this
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: ``plan`` took ``us`` microseconds for ``problem``, on this device, with this Triton."""
+
+    device: str
+    sm_count: int
+    triton: str
+    date: str
+    command: str
+    problem: Problem
+    plan: Plan
+    us: float
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Row:
+        """The Row of a dict; ValueError or TypeError names a missing or wrong field; further keys are ignored."""
+        if not isinstance(data, Mapping):
+            raise TypeError(f"expected a JSON object, got {type(data).__name__}")
+        for name, kind in _FIELDS.items():
+            if name not in data:
+                raise ValueError(f"{name}: missing")
+            if not isinstance(data[name], kind) or isinstance(data[name], bool):
+                raise TypeError(f"{name}: got {data[name]!r}")
+        if not data["us"] > 0:
+            raise ValueError(f"us: got {data['us']}; a time is positive")
+        values = {name: data[name] for name in _FIELDS}
+        values.update(problem=Problem.from_json(data["problem"]), plan=Plan.from_json(data["plan"]))
+        return cls(**values)
+
+
+_FIELDS: Mapping[str, Any] = {
+    "device": str,
+    "sm_count": int,
+    "triton": str,
+    "date": str,
+    "command": str,
+    "problem": Mapping,
+    "plan": Mapping,
+    "us": (int, float),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one file; ``name`` is what ``Plan.source`` shows."""
+
+    name: str
+    arch: Optional[str]
+    rows: Tuple[Row, ...]
+
+    def matches(self, problem: Problem, device: DeviceSpec) -> Iterator[Plan]:
+        """The plans of the rows that speak for ``problem`` on ``device``, nearest first.
+
+        Rows of the same device, then of as many SMs, then of the architecture; among those the nearest sizes, then the
+        same Triton, then file order.
+        """
+        ranked: List[Tuple[Tuple[int, int, bool, int], Row]] = []
+        for number, row in enumerate(self.rows):
+            closeness = self._device_rank(row, device)
+            distance = _distance(row.problem, problem)
+            if closeness is not None and distance is not None:
+                other_triton = not same_minor_version(row.triton, device.triton)
+                ranked.append(((closeness, distance, other_triton, number), row))
+        for (_, _, _, number), row in sorted(ranked, key=lambda item: item[0]):
+            yield row.plan.merged({"source": f"table:{self.name}#{number}"})
+
+    def _device_rank(self, row: Row, device: DeviceSpec) -> Optional[int]:
+        if row.device == device.name:
+            return 0
+        if self.arch not in (None, device.arch):
+            return None
+        if row.sm_count == device.sm_count:
+            return 1
+        return 2 if self.arch == device.arch else None
+
+
+def same_minor_version(a: str, b: str) -> bool:
+    """Whether two versions share major and minor number ("3.6.0" and "3.6.1")."""
+    return a.split(".")[:2] == b.split(".")[:2]
+
+
+def _distance(row: Problem, problem: Problem) -> Optional[int]:
+    """How far a measured problem is from ``problem``, None where it says nothing about it."""
+    if row.tuning_key() != problem.tuning_key():
+        return None
+    (pairs, extend, prefix), (pairs2, extend2, prefix2) = row.tuning_sizes(), problem.tuning_sizes()
+    batch = _octaves(pairs, pairs2)
+    new = _octaves(extend, extend2)
+    old = _octaves(min(prefix, PREFIX_IS_LONG), min(prefix2, PREFIX_IS_LONG))
+    if batch > OCTAVES_OF_BATCH or old > OCTAVES_OF_PREFIX:
+        return None
+    if min(extend, extend2) <= PACKED_MAX_LEN_EXTEND:
+        if max(extend, extend2) > PACKED_MAX_LEN_EXTEND or row.packed_rows != problem.packed_rows:
+            return None
+    elif new > OCTAVES_OF_EXTEND:
+        return None
+    flags = sum(getattr(row, f) != getattr(problem, f) for f in ("is_causal", "custom_mask", "unified"))
+    return 2 * batch + 2 * new + old + flags
+
+
+def _octaves(a: int, b: int) -> int:
+    return abs(a.bit_length() - b.bit_length())
+
+
+# -- files
+
+
+@lru_cache(maxsize=64)
+def load(path: str) -> Table:
+    """The table of a file. ValueError names the file and, where there is one, the row and the field that is wrong."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"table: cannot read {path}: {error.strerror or error}") from error
+    return parse(text, path)
+
+
+def parse(text: str, path: str) -> Table:
+    """The table of a file's text; ``path`` is for messages and for the name."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"table: {path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"table: {path}: expected a JSON object, got {type(data).__name__}")
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"table: {path}: schema is {data.get('schema')!r}; this version reads schema {SCHEMA}")
+    arch = data.get("arch")
+    if arch is not None and not isinstance(arch, str):
+        raise ValueError(f"table: {path}: arch: got {arch!r}; expected text such as 'sm_90'")
+    if not isinstance(data.get("rows"), list):
+        raise ValueError(f"table: {path}: rows: expected a list, got {data.get('rows')!r}")
+    rows = []
+    for number, row in enumerate(data["rows"]):
+        try:
+            rows.append(Row.from_json(row))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"table: {path}: row {number}: {error}") from error
+    return Table(os.path.basename(path), arch, tuple(rows))
+
+
+def packaged_table(device: DeviceSpec) -> Optional[Table]:
+    """The measured table that ships for this architecture, None if there is none."""
+    path = PACKAGED / f"{device.arch}.json"
+    return load(str(path)) if path.is_file() else None
+
+
+def user_table_path(argument: Optional[str] = None) -> Optional[str]:
+    """The user's table file: the argument, else ``EXTEND_ATTN_TABLE``, else ``table.json`` in the config folder.
+
+    None without any of them. Only the last may name a file that is not there.
+    """
+    named = argument or os.environ.get(ENVIRONMENT)
+    if named:
+        return os.path.expanduser(named)
+    return _config_file(os.environ.get("XDG_CONFIG_HOME"))
+
+
+@lru_cache(maxsize=8)
+def _config_file(config_home: Optional[str]) -> Optional[str]:
+    path = user_folder() / USER_FILE
+    return str(path) if path.is_file() else None
+
+
+def user_folder() -> Path:
+    """The user's config folder: platformdirs' where that is installed, else ``$XDG_CONFIG_HOME/extend_attn`` or
+    ``~/.config/extend_attn``. It need not exist."""
+    try:
+        from platformdirs import user_config_path
+    except ImportError:
+        home = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+        return Path(home) / "extend_attn"
+    return Path(user_config_path("extend_attn", appauthor=False))
+
+
+def forget() -> None:
+    """Drops what was read, so that changed files are read again (see also ``select.forget``)."""
+    load.cache_clear()
+    _config_file.cache_clear()
