@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Optional, Sequence, Union
+from typing import Optional, Union
 
-from .plan import DeviceSpec, Plan, Tile
+from .plan import DeviceSpec, Explanation, Plan
 from .plan import explain as _explain
 from .plan import select as _select
-from .plan.explain import Explanation
+from .plan.select import PlanLike, TileLike
 from .problem import Problem
 
 DeviceLike = Union[None, str, DeviceSpec]
@@ -17,8 +17,8 @@ def select_plan(
     problem: Problem,
     device: DeviceLike = None,
     *,
-    plan: Union[None, str, Plan, Mapping[str, Any]] = None,
-    tile: Union[None, Tile, Mapping[str, Any], Sequence[int]] = None,
+    plan: PlanLike = None,
+    tile: TileLike = None,
     table: Optional[str] = None,
 ) -> Plan:
     """The plan that a call with this problem runs with; ``source`` says who chose it.
@@ -30,12 +30,19 @@ def select_plan(
     return _select(problem, device_spec(device), plan=plan, tile=tile, table=table)
 
 
-def explain(problem: Problem, device: DeviceLike = None) -> Explanation:
+def explain(
+    problem: Problem,
+    device: DeviceLike = None,
+    *,
+    plan: PlanLike = None,
+    tile: TileLike = None,
+    table: Optional[str] = None,
+) -> Explanation:
     """The candidates for this problem, the illegal ones with the reason, the choice and its source; print it.
 
-    device as in ``select_plan``.
+    Arguments and errors as in ``select_plan``.
     """
-    return _explain(problem, device_spec(device))
+    return _explain(problem, device_spec(device), plan=plan, tile=tile, table=table)
 
 
 def device_spec(device: DeviceLike = None) -> DeviceSpec:

@@ -98,12 +98,15 @@ def _triton_problems(version: Optional[str]) -> List[str]:
 
 
 def folders() -> Dict[str, str]:
-    """Folders that are read or written: compiled kernels, the user's measured tables."""
+    """Where kernels are kept and measured plans are read from."""
     from extend_attn.plan import tables
 
-    triton_home = os.environ.get("TRITON_HOME", os.path.expanduser("~"))
-    kernels = os.environ.get("TRITON_CACHE_DIR", os.path.join(triton_home, ".triton", "cache"))
-    return {"compiled kernels": kernels, "user tables": str(tables.user_folder())}
+    home = os.environ.get("TRITON_HOME", os.path.expanduser("~"))
+    return {
+        "compiled kernels": os.environ.get("TRITON_CACHE_DIR", os.path.join(home, ".triton", "cache")),
+        "user's table": tables.user_table_path() or f"none ({tables.user_folder() / tables.USER_FILE} is not there)",
+        "measured tables": str(tables.PACKAGED),
+    }
 
 
 def _lines(data: Dict[str, Any]) -> List[str]:

@@ -15,7 +15,7 @@ from extend_attn.selection import explain
 def add_problem_flags(parser: argparse.ArgumentParser) -> None:
     """One flag for each field of Problem, under its own name; a flag that is not given is absent from the namespace."""
     hints = get_type_hints(Problem)
-    group = parser.add_argument_group("problem", "fields of extend_attn.Problem; the first nine are needed or --problem")
+    group = parser.add_argument_group("problem", "fields of extend_attn.Problem; nine of them are needed, or --problem")
     for field in dataclasses.fields(Problem):
         flag = "--" + field.name.replace("_", "-")
         required = field.default is dataclasses.MISSING

@@ -43,7 +43,7 @@ def progress(total: int, title: str) -> Iterator[Callable[[str], None]]:
 
         def advance(text: str) -> None:
             nonlocal started
-            bar.update(task, advance=1 if started else 0, description=f"{title}: {text}")
+            bar.update(task, advance=1 if started else 0, description=f"{title}: {text}", refresh=True)
             started = True
 
         yield advance
