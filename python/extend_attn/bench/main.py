@@ -140,7 +140,7 @@ class Run:
             answer = self.worker.ask(task)
         least = floor(row, Ceilings(**data["ceilings"]))
         if "skipped" not in answer and (answer.get("error") is not None or "failed" not in answer):
-            data["results"].append(results.new_result(row.name, provider, round(least.us, 3), answer))
+            data["results"].append(results.new_result(row.name, provider, least.us, answer))
         reason = answer.get("skipped") or answer.get("failed")
         if reason:
             data["skipped"].append({"row": row.name, "provider": provider, "reason": reason, "plan": task["plan"]})

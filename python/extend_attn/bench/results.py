@@ -40,15 +40,19 @@ def new_file(*, device: str, versions: Dict[str, str], command: str, ceilings: D
 
 def new_result(row: str, provider: str, floor_us: float, answer: Dict[str, Any]) -> Dict[str, Any]:
     """A result line from a worker's answer."""
-    right = "failed" not in answer
     error = answer.get("error")
+
+    def time_of(name: str) -> Optional[float]:
+        us = answer.get(name)
+        return round(us, 3) if us is not None and "failed" not in answer else None
+
     return {
         "row": row,
         "provider": provider,
-        "us_graph": answer.get("us_graph") if right else None,
-        "us_do_bench": answer.get("us_do_bench") if right else None,
-        "floor_us": floor_us,
-        "error": error if error is not None and math.isfinite(error) else None,
+        "us_graph": time_of("us_graph"),
+        "us_do_bench": time_of("us_do_bench"),
+        "floor_us": round(floor_us, 3),
+        "error": float(f"{error:.4g}") if error is not None and math.isfinite(error) else None,
         "plan": answer.get("plan"),
     }
 

@@ -46,11 +46,16 @@ class FlashInfer(Provider):
         wrappers, pools = [], []
         for one in batch.sets:
             wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=self.backend)
-            wrapper.plan(
-                batch.qo_indptr, indptr, one.all_slots.reshape(-1).to(torch.int32), last_page, row.num_q_heads,
-                row.num_kv_heads, row.head_dim, 1, causal=True, window_left=batch.window, q_data_type=dtype,
-                kv_data_type=dtype,
-            )  # fmt: skip
+            try:
+                wrapper.plan(
+                    batch.qo_indptr, indptr, one.all_slots.reshape(-1).to(torch.int32), last_page, row.num_q_heads,
+                    row.num_kv_heads, row.head_dim, 1, causal=True, window_left=batch.window, q_data_type=dtype,
+                    kv_data_type=dtype,
+                )  # fmt: skip
+            except Exception as error:
+                if type(error).__name__ == "MissingJITCacheError":  # it may not compile, and was not compiled before
+                    raise Skip("flashinfer: this kernel is not built, and FLASHINFER_DISABLE_JIT is set") from None
+                raise
             wrappers.append(wrapper)
             pools.append((one.k_pool.unsqueeze(1), one.v_pool.unsqueeze(1)))
 
