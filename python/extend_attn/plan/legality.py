@@ -17,12 +17,13 @@ TMA_ALIGNMENT = 16  # bytes: base pointer and strides of a TMA descriptor
 
 
 def shared_memory_bytes(problem: Problem, plan: Plan, device: DeviceSpec) -> int:
-    """Estimate of the shared memory of one block, in bytes.
+    """Estimate of the shared memory of one block, in bytes; fitted to what Triton 3.7 allocates for sm_80 to sm_120.
 
-    The query tile; buffers of K and V, one a pipeline stage where the tensor cores read operands from shared memory
-    (``_reads_shared``) and one less where they read registers; for an fp8 pool a converted K and V in the former case,
-    the weights P in the latter. The pool's keys and the new ones use the same buffers in turn, so the larger counts,
-    and a V that is a part of its K takes none. Fitted to what Triton 3.7 allocates for sm_80 to sm_120.
+    - The query tile.
+    - Buffers of K and V: one a pipeline stage where the tensor cores read operands from shared memory, one less where a
+      tile passes through registers first, because they are read there or to be converted from fp8. The pool's keys and
+      the new ones use the same buffers in turn, so the larger counts. A V that is a part of its K takes none.
+    - The converted tile (fp8), or the weights P where operands come from registers.
     """
     tile = plan.tile
     size = ELEMENT_SIZE[problem.dtype]
@@ -39,11 +40,12 @@ def shared_memory_bytes(problem: Problem, plan: Plan, device: DeviceSpec) -> int
         if tile.num_stages == 1:  # nothing is prefetched: K is gone when V comes
             needed = tile.block_n * max(block_d, block_dv) * size
         else:
-            stages = tile.num_stages if shared_operands else tile.num_stages - 1
+            converted = dtype != problem.dtype
+            direct = shared_operands and not converted
             dims = block_d + block_pe + block_dv
-            needed = stages * tile.block_n * dims * ELEMENT_SIZE[dtype]
-            if shared_operands and dtype != problem.dtype:
-                needed += tile.block_n * dims * size
+            needed = (tile.num_stages - (not direct)) * tile.block_n * dims * ELEMENT_SIZE[dtype]
+            if shared_operands and converted:
+                needed += tile.block_n * max(block_d, block_dv) * size
         buffers = max(buffers, needed)
     weights = 0 if shared_operands else tile.block_m * tile.block_n * size
     return tile.block_m * (block_d + block_pe) * size + buffers + weights + SCRATCH
@@ -84,8 +86,9 @@ def illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
     if threads > MAX_THREADS:
         return f"num_warps: {tile.num_warps} x {device.warp_size} threads; a block has at most {MAX_THREADS}"
     registers = accumulator_registers(problem, plan, device)
-    if registers > REGISTERS_PER_THREAD:
-        return f"registers: {registers} a thread for accumulator and logits; there are {REGISTERS_PER_THREAD}"
+    available = min(REGISTERS_PER_THREAD, device.registers // threads)
+    if registers > available:
+        return f"registers: {registers} a thread for accumulator and logits alone; there are {available}"
     needed = shared_memory_bytes(problem, plan, device)
     if needed > device.shared_memory:
         return f"shared memory: about {needed} bytes; a block on {device.arch} has {device.shared_memory}"

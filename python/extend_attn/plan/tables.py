@@ -97,7 +97,7 @@ class Table:
         ranked: List[Tuple[Tuple[int, int, bool, int], Row]] = []
         for number, row in enumerate(self.rows):
             closeness = self._device_rank(row, device)
-            distance = _distance(row.problem, problem)
+            distance = _distance(row.problem.bucketed(), problem)
             if closeness is not None and distance is not None:
                 other_triton = not same_minor_version(row.triton, device.triton)
                 ranked.append(((closeness, distance, other_triton, number), row))
