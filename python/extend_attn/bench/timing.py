@@ -15,7 +15,8 @@ import torch
 
 from .problems import Ceilings
 
-GRAPH_US = 2000.0  # a replay at least this long hides the gap between replays (about 5 us)
+GRAPH_US = 6000.0  # eager estimate of a replay's length: several times the truth for short kernels, and even so a
+# replay stays long against the gap between two of them (about 5 us)
 BURST_US = 60000.0  # measured time per figure; longer and the power cap shows on compute-bound rows
 MAX_CALLS = 400  # nodes of one graph
 
@@ -84,18 +85,18 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     on_gpu = device.type == "cuda"
     dtype, side = (torch.bfloat16, 8192) if on_gpu else (torch.float32, 512)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    matmul_us = _best_us(lambda: torch.mm(a, b), on_gpu)
+    matmul_us = _median_us(lambda: torch.mm(a, b), on_gpu)
     num_bytes = (4 << 30) if on_gpu else (64 << 20)
     buffer = torch.ones(num_bytes // 4, device=device, dtype=torch.int32)
     reads: List[Callable[[], object]] = [lambda: torch.sum(buffer.view(torch.float32))]
     kernel = _triton_read(buffer) if on_gpu else None
     if kernel is not None:
         reads.append(kernel)
-    read_us = min(_best_us(read, on_gpu) for read in reads)
+    read_us = min(_median_us(read, on_gpu) for read in reads)
     return Ceilings(read_gbps=num_bytes / read_us / 1e3, matmul_tflops=2 * side**3 / matmul_us / 1e6)
 
 
-def _best_us(work: Callable[[], object], on_gpu: bool) -> float:
+def _median_us(work: Callable[[], object], on_gpu: bool) -> float:
     for _ in range(3):
         work()
     if not on_gpu:
