@@ -1,0 +1,85 @@
+"""Where a contract test runs, and through which kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Tuple
+
+import bars
+import pytest
+import torch
+from cases import LARGE, SMALL, TINY, Case, make_case
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Where a contract test runs. plan: fields of the plan to force (None: the reference, which takes no plan)."""
+
+    name: str
+    device: str = "cpu"
+    plan: Optional[Dict[str, Any]] = None
+
+    @property
+    def kernel(self) -> bool:
+        return self.plan is not None
+
+    @property
+    def gpu(self) -> bool:
+        return self.device != "cpu"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that most tests use here: exact where it is cheap, what engines use on a GPU."""
+        return torch.bfloat16 if self.gpu else torch.float32
+
+    @property
+    def packed(self) -> bool:
+        return self.kernel and self.plan["family"] == "packed"
+
+    def case(self, **spec) -> Case:
+        """A case of this mode: its type, on its device, at its size."""
+        size = {"lengths": list(LARGE), "dim": 64} if self.gpu else {"lengths": list(TINY if self.kernel else SMALL)}
+        return make_case(**{"dtype": self.dtype, "device": self.device, **size, **spec})
+
+    def call(self, case: Case, **kwargs) -> Tuple[torch.Tensor, torch.Tensor, Any]:
+        """(output, its poisoned buffer, what the function returned)."""
+        import extend_attn
+
+        out, buffer = case.out()
+        if self.kernel:
+            kwargs.setdefault("plan", dict(self.plan))
+        if case.spec.unified:
+            returned = extend_attn.extend_attention_fwd_unified(o=out, **case.kwargs, **kwargs)
+        else:
+            returned = extend_attn.extend_attention_fwd(o_extend=out, **case.kwargs, **kwargs)
+        return out, buffer, returned
+
+    def check(self, case: Case, **kwargs) -> torch.Tensor:
+        """Call, and hold output, LSE and everything that must not be written to the contract. Returns the output."""
+        out, buffer, lse = self.call(case, return_lse=True, **kwargs)
+        bars.assert_right(case, out, buffer, lse)
+        return out
+
+
+SMALL_TILE = {"block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 1}
+KERNELS: Dict[str, Dict[str, Any]] = {
+    "tiled": {"family": "tiled", "pack_gqa": False},
+    "tiled_gqa": {"family": "tiled", "pack_gqa": True},
+    "packed": {"family": "packed", "split_kv": 1},
+    "packed_split3": {"family": "packed", "split_kv": 3},
+}
+REFERENCE = Mode("reference")
+INTERPRETED = {name: Mode(f"{name}-interpreted", "cpu", {**plan, "tile": SMALL_TILE}) for name, plan in KERNELS.items()}
+GPU = {name: Mode(f"{name}-gpu", "cuda", plan) for name, plan in KERNELS.items()}
+BY_NAME = {mode.name: mode for mode in [REFERENCE, *INTERPRETED.values(), *GPU.values()]}
+
+
+def modes(*kernels: str, reference: bool = True, interpreted: bool = True, gpu: bool = True) -> List[Any]:
+    """Parameters of ``mode``: by default everything; ``kernels`` names some of KERNELS."""
+    names = kernels or tuple(KERNELS)
+    params = [pytest.param("reference")] if reference else []
+    if interpreted:
+        params += [pytest.param(f"{name}-interpreted") for name in names]
+    if gpu:
+        params += [pytest.param(f"{name}-gpu", marks=pytest.mark.gpu) for name in names]
+    return params
