@@ -187,7 +187,7 @@ def extend_kernel(
         mask_rows = custom_mask + (tl.load(mask_indptr + b) + token.to(tl.int64) * mask_stride + mask_cut)
 
     # which keys
-    POOL_CAUSAL: tl.constexpr = UNIFIED and CAUSAL and not MASK
+    POOL_CAUSAL: tl.constexpr = UNIFIED and (CAUSAL and not MASK)
     POOL_MASK: tl.constexpr = MASK and (UNIFIED or MASK_PREFIX)
     NEW_CAUSAL: tl.constexpr = CAUSAL and not MASK
     lo, hi, full_lo, full_hi = pool_range(

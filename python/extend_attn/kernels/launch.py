@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import List, Optional, Tuple
 
@@ -124,7 +125,7 @@ def _extend_arguments(
     mask = i.custom_mask.view(torch.uint8) if i.custom_mask is not None else None
     length = i.xai_temperature_len
     return [
-        i.q, i.k_new, i.v_new, i.o, i.k_pool, i.v_pool,
+        i.q, i.k_new, i.v_new, i.o, _pool(i.k_pool), _pool(i.v_pool),
         i.qo_indptr, i.kv_indptr, i.kv_indices, i.prefix_lens, mask, i.mask_indptr,
         i.sinks, i.window_offsets, i.q_positions, i.lse, partial, partial_ml,
         *_strides(i.q), *_strides(i.k_new), *_strides(i.v_new), *_strides(i.o), *_strides(i.k_pool), *_strides(i.v_pool),
@@ -136,6 +137,21 @@ def _extend_arguments(
 
 
 _LOG2E = math.log2(math.e)
+
+
+def _pool(t: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    """The pool as the kernel reads it: e4m3 codes as bytes where the architecture has no conversion of its own."""
+    if t is not None and t.dtype == torch.float8_e4m3fn and not converts_e4m3(t.device):
+        return t.view(torch.uint8)
+    return t
+
+
+@functools.lru_cache(maxsize=None)
+def converts_e4m3(device: torch.device) -> bool:
+    """Whether Triton converts e4m3 on this device: from sm_89 on, and in the interpreter."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _strides(t: Optional[torch.Tensor]) -> Tuple[int, int]:

@@ -10,7 +10,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .fp8 import dequantise
 from .softmax import logits, step
+
+
+@triton.jit
+def load_rows(rows, columns, exists, dim: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of K or V [N, len(columns)]; a row that does not exist (MASKED) or a column past ``dim`` (not EVEN) is 0
+    and never read."""
+    pointers = rows[:, None] + columns[None, :]
+    if MASKED:
+        if EVEN:
+            return tl.load(pointers, mask=exists[:, None], other=0.0)
+        else:
+            return tl.load(pointers, mask=exists[:, None] & (columns < dim)[None, :], other=0.0)
+    else:
+        if EVEN:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=(columns < dim)[None, :], other=0.0)
 
 
 @triton.jit
@@ -67,13 +85,8 @@ def attend(
     TEMPERATURE: tl.constexpr,
 ):
     PRECISE: tl.constexpr = q.dtype == tl.float32
-    RAW: tl.constexpr = not (MASKED or CAP or TEMPERATURE)
-    EVEN_D: tl.constexpr = HEAD_DIM >= BLOCK_D
-    EVEN_PE: tl.constexpr = HEAD_DIM == BLOCK_D + BLOCK_PE
-    EVEN_DV: tl.constexpr = HEAD_DIM_V == BLOCK_DV
+    RAW: tl.constexpr = not (MASKED or (CAP or TEMPERATURE))
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
 
     if GATHER:  # slots are loaded one tile ahead, so that a row's address is there when its turn comes
         key = (first + tl.where(hole > 0, 0, skip)) * BLOCK_N + offs_n
@@ -90,31 +103,14 @@ def attend(
             row = key.to(tl.int64)
         exists = (key >= key_lo) & (key < key_hi)
 
-        k_rows = k_ptr + row[:, None] * stride_k
-        if MASKED:
-            if EVEN_D:
-                k = tl.load(k_rows + offs_d[None, :], mask=exists[:, None], other=0.0)
-            else:
-                k = tl.load(k_rows + offs_d[None, :], mask=exists[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
-        else:
-            if EVEN_D:
-                k = tl.load(k_rows + offs_d[None, :])
-            else:
-                k = tl.load(k_rows + offs_d[None, :], mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
-        k = k.to(q.dtype)
+        k_rows = k_ptr + row * stride_k
+        k = load_rows(k_rows, tl.arange(0, BLOCK_D), exists, HEAD_DIM, HEAD_DIM >= BLOCK_D, MASKED)
+        k = dequantise(k, q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if BLOCK_PE > 0:
             offs_pe = BLOCK_D + tl.arange(0, BLOCK_PE)
-            if MASKED:
-                k_pe = tl.load(
-                    k_rows + offs_pe[None, :], mask=exists[:, None] & (offs_pe < HEAD_DIM)[None, :], other=0.0
-                )
-            else:
-                if EVEN_PE:
-                    k_pe = tl.load(k_rows + offs_pe[None, :])
-                else:
-                    k_pe = tl.load(k_rows + offs_pe[None, :], mask=(offs_pe < HEAD_DIM)[None, :], other=0.0)
-            s = tl.dot(q_pe, tl.trans(k_pe.to(q.dtype)), s, input_precision="ieee")
+            k_pe = load_rows(k_rows, offs_pe, exists, HEAD_DIM, HEAD_DIM == BLOCK_D + BLOCK_PE, MASKED)
+            s = tl.dot(q_pe, tl.trans(dequantise(k_pe, q.dtype)), s, input_precision="ieee")
 
         if not RAW:
             s = logits(s, scale, logit_cap, temperature, CAP, TEMPERATURE, PRECISE)
@@ -136,20 +132,9 @@ def attend(
         if V_IS_K:
             v = k
         else:
-            v_rows = v_ptr + row[:, None] * stride_v
-            if MASKED:
-                if EVEN_DV:
-                    v = tl.load(v_rows + offs_dv[None, :], mask=exists[:, None], other=0.0)
-                else:
-                    v = tl.load(
-                        v_rows + offs_dv[None, :], mask=exists[:, None] & (offs_dv < HEAD_DIM_V)[None, :], other=0.0
-                    )
-            else:
-                if EVEN_DV:
-                    v = tl.load(v_rows + offs_dv[None, :])
-                else:
-                    v = tl.load(v_rows + offs_dv[None, :], mask=(offs_dv < HEAD_DIM_V)[None, :], other=0.0)
-            v = v.to(q.dtype)
+            v_rows = v_ptr + row * stride_v
+            v = load_rows(v_rows, tl.arange(0, BLOCK_DV), exists, HEAD_DIM_V, HEAD_DIM_V == BLOCK_DV, MASKED)
+            v = dequantise(v, q.dtype)
         if MASK:  # 0 * NaN is NaN: a value that no row of the tile sees may hold anything
             v = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], v, 0.0).to(q.dtype)
         acc = tl.dot(p.to(q.dtype), v, acc * alpha[:, None], input_precision="ieee")

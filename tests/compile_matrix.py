@@ -1,0 +1,112 @@
+"""Compiles the kernels that the library would choose, for every architecture and head dim, without a GPU.
+
+    python tests/compile_matrix.py            a pairwise sample: every architecture and every head dim at least once
+    python tests/compile_matrix.py --all      the whole product, with every set of features (about an hour on 2 cores)
+    python tests/compile_matrix.py --arch 90  one architecture
+
+Each result must fit the shared memory that the architecture gives a block. With another Triton in a folder of its own
+(``pip install --no-deps --target FOLDER triton==3.9.0``), put FOLDER first on PYTHONPATH. Exits 1 if anything fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from typing import Dict, Iterator, List, Tuple
+
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels can't be compiled
+
+import triton
+from compile_only import compile_plan
+
+from extend_attn.plan import DeviceSpec, select
+from extend_attn.problem import Problem
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+KNOWN_TO_OLDEST = (80, 86, 89, 90)  # Triton 3.2
+# (Dq, Dv, query heads, KV heads, V aliases K)
+HEAD_DIMS = (
+    (64, 64, 8, 2, False),
+    (128, 128, 32, 8, False),
+    (192, 128, 16, 16, False),
+    (256, 256, 8, 4, False),
+    (512, 512, 8, 2, False),
+    (576, 512, 16, 1, True),
+)
+FEATURES: Dict[str, dict] = {
+    "plain": dict(),
+    "window": dict(sliding_window=1024, window_offsets=True, sinks=True, return_lse=True),
+    "tree": dict(custom_mask=True, mask_prefix=True, q_positions=True, sliding_window=1024, logit_cap=30.0),
+    "fp8": dict(kv_dtype="float8_e4m3fn", xai_temperature_len=4096),
+    "unified": dict(unified=True, index_dtype="int32"),
+}
+NEW_TOKENS = {"packed": 4, "tiled": 512}  # the lengths for which each family is the default
+
+Job = Tuple[int, tuple, str, str]
+
+
+def jobs(everything: bool) -> Iterator[Job]:
+    """(architecture, head dim, family, features); the sample pairs each architecture with two head dims."""
+    names = list(FEATURES)
+    for a, arch in enumerate(ARCHITECTURES):
+        if triton.__version__.startswith("3.2.") and arch not in KNOWN_TO_OLDEST:
+            continue
+        for d, dims in enumerate(HEAD_DIMS):
+            if everything:
+                yield from ((arch, dims, family, name) for family in NEW_TOKENS for name in names)
+            elif (d - a) % 6 in (0, 3):
+                family = "packed" if (d - a) % 6 == 0 else "tiled"
+                yield arch, dims, family, names[(a + d) % len(names)]
+
+
+def problem_of(job: Job) -> Problem:
+    arch, (dim, dim_v, heads, kv_heads, aliases), family, name = job
+    features = dict(FEATURES[name])
+    if features.get("kv_dtype") == "float8_e4m3fn" and arch < 89:
+        features["kv_dtype"] = "float8_e5m2"  # the other type needs conversions that sm_89 brought
+    new = NEW_TOKENS[family]
+    alias_new = aliases and not features.get("unified")
+    return Problem(
+        "bfloat16", dim, dim_v, heads, kv_heads, 8, 8 * new, new, 8 * 4000,
+        v_aliases_k_pool=aliases, v_aliases_k_new=alias_new, **features,
+    )  # fmt: skip
+
+
+def compile_job(job: Job) -> str:
+    """A line about the job, starting with ``ok`` or ``FAILED``."""
+    arch, dims, family, name = job
+    label = f"sm_{arch:<3} D={dims[0]}/{dims[1]} {family:6} {name:8}"
+    try:
+        problem = problem_of(job)
+        device = DeviceSpec.preset(f"sm_{arch}")
+        plan = select(problem, device)
+        assert plan.family == family, f"the default plan is {plan}"
+        kernels = compile_plan(problem, plan, arch)
+        used = max(kernel.shared_memory for kernel in kernels)
+        assert used <= device.shared_memory, f"{plan} takes {used} bytes of shared memory of {device.shared_memory}"
+    except Exception as error:
+        return f"FAILED {label} {type(error).__name__}: {error}"
+    return f"ok     {label} {plan}: {used} of {device.shared_memory} bytes"
+
+
+def main(argv: List[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="the whole product instead of the sample")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="only this architecture")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: the cores)")
+    options = parser.parse_args(argv)
+    chosen = [job for job in jobs(options.all) if options.arch is None or job[0] in options.arch]
+    print(f"Triton {triton.__version__}: {len(chosen)} plans")
+    failed = 0
+    with ProcessPoolExecutor(min(options.jobs, len(chosen))) as pool:
+        for line in pool.map(compile_job, chosen):
+            print(line, flush=True)
+            failed += not line.startswith("ok")
+    print(f"{len(chosen) - failed} compiled, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
