@@ -245,9 +245,10 @@ class Problem:
         )
 
     def tuning_key(self) -> Tuple[Any, ...]:
-        """What a measured plan must share with a problem to be considered for it: what changes the kernel's inner loop.
+        """What a measured plan must share with a problem to speak for it: types, dims and what shapes the inner loop.
 
-        Sizes (batch, lengths) are not in it: plan/tables.py takes the nearest measured row by ``tuning_sizes``.
+        Sizes (batch, lengths) are not in it, and neither are masks and the unified layout, whose best tiles differ
+        little: plan/tables.py takes the row that is nearest in these (``tuning_sizes``).
         """
         return (
             self.dtype,
@@ -257,9 +258,6 @@ class Problem:
             self.group,
             self.has_prefix,
             self.sliding_window > 0,
-            self.is_causal,
-            self.custom_mask,
-            self.unified,
             self.v_aliases_k_pool,
             self.v_aliases_k_new,
             self.batch_invariant,

@@ -7,7 +7,7 @@ from typing import Optional
 from ..problem import ELEMENT_SIZE, Problem
 from .blocks import block_head_dim, block_head_dim_v
 from .device import DeviceSpec
-from .tile import Plan
+from .tile import BLOCK_MIN, Plan
 
 # 32-bit registers a thread can address (every architecture so far).
 REGISTERS_PER_THREAD = 255
@@ -47,8 +47,11 @@ def shared_memory_bytes(problem: Problem, plan: Plan, device: DeviceSpec) -> int
             if shared_operands and converted:
                 needed += tile.block_n * max(block_d, block_dv) * size
         buffers = max(buffers, needed)
+    query = tile.block_m * (block_d + block_pe) * size
+    if tile.block_m == tile.block_n == BLOCK_MIN and tile.num_stages == 1:
+        return query + buffers  # nothing smaller to step down to: given the benefit of the doubt
     weights = 0 if shared_operands else tile.block_m * tile.block_n * size
-    return tile.block_m * (block_d + block_pe) * size + buffers + weights + SCRATCH
+    return query + buffers + weights + SCRATCH
 
 
 def _reads_shared(problem: Problem, plan: Plan, device: DeviceSpec) -> bool:

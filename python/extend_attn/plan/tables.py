@@ -35,6 +35,7 @@ PACKAGED = Path(__file__).with_name("tables")
 OCTAVES_OF_BATCH = 1  # sequences x KV heads
 OCTAVES_OF_EXTEND = 1  # beyond the packed regime; within it the rows must fill the same tile
 OCTAVES_OF_PREFIX = 2
+PREFERRED_EQUAL = ("is_causal", "custom_mask", "unified")
 PREFIX_IS_LONG = 1 << 14  # tokens; from here on longer prefixes behave alike, and an unknown length counts as this
 
 
@@ -134,7 +135,7 @@ def _distance(row: Problem, problem: Problem) -> Optional[int]:
             return None
     elif new > OCTAVES_OF_EXTEND:
         return None
-    flags = sum(getattr(row, f) != getattr(problem, f) for f in ("is_causal", "custom_mask", "unified"))
+    flags = sum(getattr(row, name) != getattr(problem, name) for name in PREFERRED_EQUAL)
     return 2 * batch + 2 * new + old + flags
 
 
