@@ -22,6 +22,7 @@ from extend_attn.bench.providers.sglang import tile_of
 from extend_attn.bench.report import comparison, finding, plan_text, report, summary
 from extend_attn.bench.runner import WorkerProcess, tasks_of
 from extend_attn.bench.timing import rotations
+from extend_attn.bench.tuned import merge, winners
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HOPPER = Device("cuda", "NVIDIA H200", (9, 0))
@@ -401,6 +402,28 @@ def test_a_spent_budget_starts_nothing(tmp_path):
     assert main([*options, "--budget", "0", "--out", str(out)]) == 0
     data = results.load(str(out))
     assert data["results"] == [] and "budget" in data["skipped"][0]["reason"]
+
+
+def test_the_fastest_plan_of_each_problem_makes_a_table(data, tmp_path):
+    from extend_attn.plan import DeviceSpec, select
+    from extend_attn.plan.candidates import sweep12
+    from extend_attn.problem import Problem
+
+    problem = Problem(
+        dtype="bfloat16", head_dim_qk=256, head_dim_v=256, num_q_heads=8, num_kv_heads=4, batch_size=1,
+        num_tokens=8192, max_len_extend=8192, num_kv_indices=0,
+    )  # fmt: skip
+    slow, fast = (plan.to_json() for plan in sweep12()[:2])
+    measured = [{"problem": problem.to_json(), "plan": p, "us_graph": us} for p, us in ((slow, 9.0), (fast, 7.0))]
+    rows = winners(measured, data, 132)
+    assert len(rows) == 1 and rows[0]["us"] == 7.0
+    path = str(tmp_path / "table.json")
+    for _ in range(2):  # measured again, the row is replaced
+        merge(path, "sm_90", rows)
+    chosen = select(problem, DeviceSpec.preset("h200"), table=path)
+    assert chosen.tile.to_json() == fast["tile"] and chosen.source == "table:table.json#0"
+    with pytest.raises(ValueError, match="sm_80"):
+        merge(path, "sm_80", rows)
 
 
 def test_short_entry_runs():

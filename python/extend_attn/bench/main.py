@@ -16,6 +16,7 @@ from .providers import OWN, PROVIDERS, providers_named
 from .providers.base import Device
 from .report import number, plan_text, report, table
 from .runner import Budget, WorkerProcess, compile_all, tasks_of
+from .tuned import merge, winners
 
 EPILOG = """\
 Times are microseconds of one call; graph replay over rotated inputs is the one to compare by. Results are checked
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     out = p.add_argument_group("what comes out")
     out.add_argument("--out", help="write (and after each row rewrite) this JSON file")
     out.add_argument("--plot", help="write this PNG")
+    out.add_argument("--table", help="write each row's fastest plan into this table of measured plans")
     out.add_argument("--read", help="measure nothing: report, and plot, this JSON file")
     out.add_argument("--list", action="store_true", help="show rows and providers, run nothing")
     out.add_argument("--dry-run", action="store_true", help="show what would be measured, run nothing")
@@ -93,6 +95,8 @@ class Run:
         self.worker = WorkerProcess(device, limit_s=options.timeout)
         self.budget = Budget(options.budget)
         self.failed = False
+        self.skipped: List[Dict[str, Any]] = []
+        self.measured: List[Dict[str, Any]] = []  # the library's own answers with a time, as the table wants them
         self.started = time.monotonic()
 
     def everything(self, rows: List[Row], providers: List[str], plans: List[Any]) -> Dict[str, Any]:
@@ -105,6 +109,7 @@ class Run:
         data = results.new_file(
             device=facts["device"], versions=facts["versions"], command=self.command, ceilings=ceilings
         )
+        data["skipped"] = self.skipped
         by_row = {row.name: self.plans_of(row, plans) for row in rows} if OWN in providers else {}
         tasks = tasks_of(rows, providers, by_row, OWN)
         jobs = self.options.jobs if self.options.jobs is not None else 8 * (len(tasks) > 40 and self.device != "cpu")
@@ -117,6 +122,14 @@ class Run:
             last_of_row = i + 1 == len(tasks) or tasks[i + 1]["row"] != task["row"]
             if self.options.out and last_of_row:
                 results.save(data, self.options.out)
+        if self.options.table and self.measured:
+            best = winners(self.measured, data, facts["sm_count"])
+            try:
+                merge(self.options.table, facts["arch"], best)
+                self.say(f"{len(best)} measured plans in {self.options.table}")
+            except (OSError, ValueError) as error:
+                self.failed = True
+                self.say(str(error))
         return data
 
     def plans_of(self, row: Row, plans: List[Any]) -> List[Optional[Any]]:
@@ -130,7 +143,12 @@ class Run:
             self.failed = True
             self.say(f"{row.name}: no plans: {answer.get('failed') or answer.get('skipped')}")
             return plans or [None]
+        for plan, reason in answer["illegal"]:
+            self.skip(row, OWN, plan, reason)
         return [*plans, *([None] if self.options.sweep else []), *answer["plans"]]
+
+    def skip(self, row: Row, provider: str, plan: Any, reason: str) -> None:
+        self.skipped.append({"row": row.name, "provider": provider, "reason": reason, "plan": plan})
 
     def measure(self, task: Dict[str, Any], count: str, data: Dict[str, Any]) -> None:
         row, provider = Row.from_json(task["row"]), task["provider"]
@@ -141,9 +159,11 @@ class Run:
         least = floor(row, Ceilings(**data["ceilings"]))
         if "skipped" not in answer and (answer.get("error") is not None or "failed" not in answer):
             data["results"].append(results.new_result(row.name, provider, least.us, answer))
+        if answer.get("us_graph") and answer.get("problem") and "failed" not in answer:
+            self.measured.append({name: answer[name] for name in ("problem", "plan", "us_graph")})
         reason = answer.get("skipped") or answer.get("failed")
         if reason:
-            data["skipped"].append({"row": row.name, "provider": provider, "reason": reason, "plan": task["plan"]})
+            self.skip(row, provider, task["plan"], reason)
         self.failed = self.failed or "failed" in answer
         us = answer.get("us_graph") or answer.get("us_do_bench")
         said = reason or f"{number(us)} us (floor {number(least.us)}), {plan_text(answer.get('plan'))}"

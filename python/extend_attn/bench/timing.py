@@ -15,8 +15,9 @@ import torch
 
 from .problems import Ceilings
 
-GRAPH_US = 6000.0  # eager estimate of a replay's length: several times the truth for short kernels, and even so a
-# replay stays long against the gap between two of them (about 5 us)
+# Length of a replay, as estimated from eager calls. Those of short kernels take several times the truth; the replay is
+# still long against the gap of about 5 us between two of them.
+GRAPH_US = 6000.0
 BURST_US = 60000.0  # measured time per figure; longer and the power cap shows on compute-bound rows
 MAX_CALLS = 400  # nodes of one graph
 

@@ -59,7 +59,13 @@ class Worker:
             pass
         for name in task.get("providers", ()):
             versions.update(PROVIDERS[name].versions())
-        return {"device": facts.name, "type": facts.type, "capability": facts.capability, "versions": versions}
+        answer = {"device": facts.name, "type": facts.type, "versions": versions}
+        if facts.type == "cuda":
+            from ..devices import device_spec
+
+            spec = device_spec(self.device)
+            answer.update(arch=spec.arch, sm_count=spec.sm_count)
+        return answer
 
     def ceilings(self, task: dict) -> dict:
         return timing.measure_ceilings(self.device)._asdict()
@@ -67,7 +73,7 @@ class Worker:
     def plans(self, task: dict) -> dict:
         from .providers.ours import swept_plans
 
-        return {"plans": swept_plans(self._batch_of(task), task["which"])}
+        return swept_plans(self._batch_of(task), task["which"])
 
     def compile(self, task: dict) -> dict:
         """Run once and keep nothing: several workers do this at a time to fill the compilers' caches on disk."""
@@ -82,10 +88,11 @@ class Worker:
         row = Row.from_json(task["row"])
         provider = self._provider(task, row)
         batch = self._batch_of(task)
-        batch.poison()
         prepared = provider.prepare(batch, task.get("plan"))
+        batch.poison()
         error = error_of(prepared.rows(prepared.run(0)), batch.expected())
-        answer = {"plan": prepared.plan, "error": error.max, "us_graph": None, "us_do_bench": None}
+        answer = {"plan": prepared.plan, "problem": prepared.problem, "error": error.max}
+        answer.update(us_graph=None, us_do_bench=None)
         if error.wrong:
             return {**answer, "failed": f"wrong result: {error}"}
         for i in range(1, len(batch.sets)):

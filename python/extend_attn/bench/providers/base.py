@@ -33,6 +33,7 @@ class Prepared:
     run: Callable[[int], Any]
     rows: Callable[[Any], torch.Tensor] = lambda out: out
     plan: Optional[Dict[str, Any]] = None
+    problem: Optional[Dict[str, Any]] = None  # the library's own: what a measured table is keyed by
     keep: List[Any] = field(default_factory=list)  # what must outlive the calls
 
 

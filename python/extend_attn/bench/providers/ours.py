@@ -27,13 +27,15 @@ class Ours(Provider):
 
         options = dict(sliding_window_size=batch.window, plan=plan)
         calls = [arguments(i) for i in range(len(batch.sets))]
-        chosen = prepare(*calls[0], **options)[2] if batch.device.type == "cuda" else None  # a CPU runs the reference
 
         def run(i: int):
             extend_attention_fwd(*calls[i], **options)
             return batch.sets[i].o
 
-        return Prepared(run=run, plan=plan_json(chosen))
+        run(0)  # a tile that does not fit after all is replaced in the first call; the plan is read after it
+        _, problem, chosen = prepare(*calls[0], **options)
+        on_gpu = batch.device.type == "cuda"  # a CPU runs the reference, with no plan
+        return Prepared(run=run, plan=plan_json(chosen) if on_gpu else None, problem=problem.to_json())
 
     def versions(self) -> Dict[str, str]:
         from extend_attn import __version__
@@ -49,10 +51,10 @@ def plan_json(plan: Any) -> Optional[Dict[str, Any]]:
     return json.loads(data) if isinstance(data, str) else dict(data)
 
 
-def swept_plans(batch: Batch, which: str) -> List[Dict[str, Any]]:
+def swept_plans(batch: Batch, which: str) -> Dict[str, List[Any]]:
     """The plans of a sweep: ``sweep`` is the published list of 12 tiles, ``candidates`` what the plan module offers.
 
-    Illegal ones are left out; the library's own choice comes first.
+    ``plans`` are those that can run here, the library's own choice first; ``illegal``, [plan, reason] of the others.
     """
     from extend_attn.attention import prepare
     from extend_attn.devices import device_spec
@@ -72,11 +74,14 @@ def swept_plans(batch: Batch, which: str) -> List[Dict[str, Any]]:
     else:
         plans = [select(problem, device), *listed(problem, device)]
     legal: List[Dict[str, Any]] = []
+    others: List[Any] = []
     for plan in plans:
-        data = plan_json(plan)
-        if data is not None and illegal(problem, plan, device) is None and _same(data) not in map(_same, legal):
+        data, reason = plan_json(plan), illegal(problem, plan, device)
+        if reason is not None:
+            others.append([data, reason])
+        elif data is not None and _same(data) not in map(_same, legal):
             legal.append(data)
-    return legal
+    return {"plans": legal, "illegal": others}
 
 
 def _same(plan: Dict[str, Any]) -> Dict[str, Any]:

@@ -1,0 +1,54 @@
+"""From measurements to a table of measured plans, as ``EXTEND_ATTN_TABLE`` and the packaged tables hold them."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Dict, List
+
+SCHEMA = 1  # of the tables, see extend_attn.plan
+
+
+def winners(measured: List[Dict[str, Any]], data: Dict[str, Any], sm_count: int) -> List[Dict[str, Any]]:
+    """A table row for the fastest plan of each problem.
+
+    measured: ``{problem, plan, us_graph}`` of each measurement; data: the run's results file, for device and date.
+    """
+    fastest: Dict[str, Dict[str, Any]] = {}
+    for one in measured:
+        key = json.dumps(one["problem"], sort_keys=True)
+        if key not in fastest or one["us_graph"] < fastest[key]["us_graph"]:
+            fastest[key] = one
+    return [
+        {
+            "device": data["device"],
+            "sm_count": sm_count,
+            "triton": data["versions"].get("triton", ""),
+            "date": data["date"][:10],
+            "command": data["command"],
+            "problem": one["problem"],
+            "plan": {name: value for name, value in one["plan"].items() if name != "source"},
+            "us": round(one["us_graph"], 2),
+        }
+        for one in fastest.values()
+    ]
+
+
+def merge(path: str, arch: str, rows: List[Dict[str, Any]]) -> None:
+    """Put rows into a table file; they replace what it held for the same device and problem.
+
+    Raises ValueError if the file is a table of another architecture.
+    """
+    table: Dict[str, Any] = {"schema": SCHEMA, "arch": arch, "rows": []}
+    if os.path.exists(path):
+        with open(path) as file:
+            table = json.load(file)
+        if table.get("arch", arch) != arch:
+            raise ValueError(f"table: {path} is for {table['arch']}, these plans were measured on {arch}")
+    new = [(row["device"], row["problem"]) for row in rows]
+    table["rows"] = [row for row in table["rows"] if (row["device"], row["problem"]) not in new] + rows
+    partial = f"{path}.partial"
+    with open(partial, "w") as file:
+        json.dump(table, file, indent=1)
+        file.write("\n")
+    os.replace(partial, path)
