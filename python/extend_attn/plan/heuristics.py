@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Optional
+import math
+from dataclasses import replace
+from typing import Optional, Sequence, Tuple
 
 from ..problem import Problem
-from .blocks import next_power_of_2
+from .blocks import block_head_dim_v, next_power_of_2
 from .device import DeviceSpec
 from .tile import Plan, Tile
 
@@ -20,12 +22,16 @@ PACKED_BLOCK_N_MAX = 128
 PACKED_BLOCK_M_MAX = 64
 PACKED_BLOCK_M_MAX_LARGE = 32
 LARGE_HEAD_DIM = 256
-PACKED_WARPS, PACKED_STAGES = 4, 3
+PACKED_STAGES = 3
+# Accumulator registers a thread from which 4 warps spill and 8 do not (compiled for sm_90: 32 rows of 512 elements
+# spill 228 bytes with 4 warps, none with 8; 16 of 512 and 32 of 256 fit 4).
+ACCUMULATOR_REGISTERS_4_WARPS = 64
 
-# Splits: one wave of programs is enough when it fills this share of the multiprocessors; otherwise aim at this many
-# waves.
+# Splits: a wave of programs is enough when it fills this share of the multiprocessors; otherwise aim at this many
+# waves. Long prefixes gain from a second wave even so (32 sequences of 8000 tokens, 128 programs, on an H100).
 FULL_WAVE = 0.9
 SPLIT_WAVES = 2
+LONG_PREFIX = 4096  # tokens
 SPLIT_MAX = 64
 MIN_SPLIT_KEYS = 128  # shorter shares cost more in the combine than they save
 
@@ -36,6 +42,14 @@ TILED_TILES = (
     (256, Tile(64, 64, 4, 3)),
 )
 TILED_TILE_LARGER = Tile(64, 32, 8, 2)
+
+# The same for fp32, in both families: IEEE products run on the ordinary cores with operands in registers, so larger
+# tiles spill by the kilobyte and take a minute to compile (sm_90, Triton 3.7). Packed, block_m is an upper bound.
+FP32_TILES = (
+    (64, Tile(32, 16, 4, 2)),
+    (256, Tile(32, 16, 8, 2)),
+)
+FP32_TILE_LARGER = Tile(16, 16, 8, 2)
 
 
 def family(problem: Problem) -> str:
@@ -52,32 +66,47 @@ def heuristic(problem: Problem, device: DeviceSpec, family_name: Optional[str] =
 def packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
     """Rows: new tokens times the heads of a group. Keys: about PACKED_TILE_ELEMENTS a tile."""
     head_dim = max(problem.head_dim_qk, problem.head_dim_v)
-    most = PACKED_BLOCK_M_MAX if head_dim < LARGE_HEAD_DIM else PACKED_BLOCK_M_MAX_LARGE
-    block_m = min(max(16, next_power_of_2(max(problem.rows, 1))), most)
-    # 192, 288 and 576 count as 128, 256 and 512: they are split into that block and a small rest
-    dim = next_power_of_2(head_dim + 1) // 2
-    block_n = min(max(16, PACKED_TILE_ELEMENTS // dim), PACKED_BLOCK_N_MAX)
-    tile = Tile(block_m, block_n, PACKED_WARPS, PACKED_STAGES)
-    return Plan("packed", tile, split_kv=splits(problem, device, block_m), source="heuristic")
+    if problem.dtype == "float32":
+        tile = _by_head_dim(head_dim, FP32_TILES, FP32_TILE_LARGER)
+        tile = replace(tile, block_m=min(problem.packed_rows, tile.block_m))
+    else:
+        most = PACKED_BLOCK_M_MAX if head_dim < LARGE_HEAD_DIM else PACKED_BLOCK_M_MAX_LARGE
+        block_m = min(problem.packed_rows, most)
+        # 192, 288 and 576 count as 128, 256 and 512: they are cut into that block and a small rest
+        dim = next_power_of_2(head_dim + 1) // 2
+        block_n = min(max(16, PACKED_TILE_ELEMENTS // dim), PACKED_BLOCK_N_MAX)
+        accumulator = block_m * block_head_dim_v(problem.head_dim_v) // (4 * device.warp_size)
+        num_warps = 4 if accumulator <= ACCUMULATOR_REGISTERS_4_WARPS else 8
+        tile = Tile(block_m, block_n, num_warps, PACKED_STAGES)
+    return Plan("packed", tile, split_kv=splits(problem, device, tile.block_m), source="heuristic")
 
 
 def splits(problem: Problem, device: DeviceSpec, block_m: int) -> int:
     """Programs that share one sequence's keys, so that small batches fill the GPU for one to two waves."""
     row_blocks = -(-max(problem.rows, 1) // block_m)
     programs = max(problem.batch_size, 1) * problem.num_kv_heads * row_blocks
-    if programs >= FULL_WAVE * device.sm_count:
+    wanted = SPLIT_WAVES * device.sm_count / programs
+    if programs < FULL_WAVE * device.sm_count:
+        wanted = math.ceil(wanted)
+    elif problem.prefix_hint < LONG_PREFIX:
         return 1
-    wanted = -(-SPLIT_WAVES * device.sm_count // programs)
     keys = problem.num_kv_indices  # one sequence may own them all
     if problem.prefix_bound is not None:
         keys = min(keys, problem.prefix_bound)
-    return max(1, min(wanted, SPLIT_MAX, keys // MIN_SPLIT_KEYS))
+    return max(1, min(int(wanted), SPLIT_MAX, keys // MIN_SPLIT_KEYS))
 
 
 def tiled_plan(problem: Problem) -> Plan:
     """By the larger head dim; a group's heads share a tile where a prefix is read, because its gather costs most."""
     head_dim = max(problem.head_dim_qk, problem.head_dim_v)
-    tile = next((tile for largest, tile in TILED_TILES if head_dim <= largest), TILED_TILE_LARGER)
+    if problem.dtype == "float32":
+        tile = _by_head_dim(head_dim, FP32_TILES, FP32_TILE_LARGER)
+    else:
+        tile = _by_head_dim(head_dim, TILED_TILES, TILED_TILE_LARGER)
     group = problem.group
     pack = problem.has_prefix and group > 1 and group & (group - 1) == 0 and group <= tile.block_m
     return Plan("tiled", tile, pack_gqa=pack, source="heuristic")
+
+
+def _by_head_dim(head_dim: int, tiles: Sequence[Tuple[int, Tile]], larger: Tile) -> Tile:
+    return next((tile for largest, tile in tiles if head_dim <= largest), larger)
