@@ -40,7 +40,8 @@ class Outcome:
         return self.error <= self.bound  # False for NaN
 
     def row(self) -> Tuple[str, ...]:
-        rate = f"{self.tflops:.3g} TFLOP/s" if self.is_prefill else f"{self.gbps:.4g} GB/s"
+        flops = f"{self.tflops:.4g} TFLOP/s" if self.tflops >= 0.1 else f"{self.tflops * 1e3:.3g} GFLOP/s"
+        rate = flops if self.is_prefill else f"{self.gbps:.4g} GB/s"
         verdict = "ok" if self.passed else "FAILED"
         took = f"{self.seconds * 1e6:.4g} us" if self.seconds < 0.01 else f"{self.seconds * 1e3:.4g} ms"
         error = f"{self.error:.1e} <= {self.bound:.1e}"
