@@ -27,6 +27,19 @@ except ImportError:
         pass
 
 
+try:  # host-side TMA descriptors: Triton 3.4 and later
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    HAS_TMA = True
+except ImportError:
+    HAS_TMA = False
+
+
+def tensor_descriptor(t, box):
+    """A TMA descriptor of tensor ``t`` that loads boxes of this shape."""
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), box)
+
+
 # Triton reads the variable when a kernel is decorated, so it is read here at the same time.
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 

@@ -59,6 +59,8 @@ def extend_kernel(
     o,
     k_pool,
     v_pool,
+    k_desc,
+    v_desc,
     qo_indptr,
     kv_indptr,
     kv_indices,
@@ -121,6 +123,7 @@ def extend_kernel(
     PACKED: tl.constexpr,
     SPLIT: tl.constexpr,
     ONE_SEQUENCE: tl.constexpr,
+    TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     HEAD_BLOCKS: tl.constexpr = NUM_HEADS // ROWS
@@ -262,6 +265,10 @@ def extend_kernel(
                 stride_ks,
                 stride_vs,
                 slots,
+                None,
+                None,
+                0,
+                0,
                 pool_full_first if part == 0 else pool_first,
                 pool_full_count if part == 0 else pool_count,
                 pool_full_count if part == 0 else pool_hole,
@@ -294,6 +301,7 @@ def extend_kernel(
                 POOL_MASK,
                 CAP,
                 TEMPERATURE,
+                False,
             )
         if V_SCALED:
             acc *= v_scale
@@ -316,6 +324,10 @@ def extend_kernel(
                 stride_kt,
                 stride_vt,
                 kv_indices,
+                k_desc,
+                v_desc,
+                q_start.to(tl.int32),
+                kv_head,
                 new_full_first if part == 0 else new_first,
                 new_full_count if part == 0 else new_count,
                 new_full_count if part == 0 else new_hole,
@@ -348,6 +360,7 @@ def extend_kernel(
                 MASK,
                 CAP,
                 TEMPERATURE,
+                TMA and part == 0,
             )
 
     if SPLIT:

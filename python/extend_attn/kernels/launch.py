@@ -15,7 +15,7 @@ from ..plan.blocks import block_head_dim, block_head_dim_v
 from ..plan.tile import Plan
 from ..problem import Problem
 from .combine import combine_kernel
-from .compat import INTERPRETED, launch_options
+from .compat import INTERPRETED, launch_options, tensor_descriptor
 from .extend import extend_kernel
 
 
@@ -72,7 +72,7 @@ def kernels_of(plan: Plan, inputs: Inputs, problem: Problem) -> List[tuple]:
     main = (
         extend_kernel,
         (tiles * splits,),
-        _extend_arguments(inputs, partial, partial_ml, splits, row_blocks),
+        _extend_arguments(inputs, partial, partial_ml, splits, row_blocks, _descriptors(plan, inputs, problem)),
         dict(
             _constants(inputs, problem),
             BLOCK_M=block_m,
@@ -81,6 +81,7 @@ def kernels_of(plan: Plan, inputs: Inputs, problem: Problem) -> List[tuple]:
             PACKED=plan.family == "packed",
             SPLIT=splits > 1,
             ONE_SEQUENCE=problem.batch_size == 1,
+            TMA=plan.tma,
             PDL=pdl,
             num_warps=plan.tile.num_warps,
             num_stages=plan.tile.num_stages,
@@ -119,13 +120,14 @@ def _extend_arguments(
     partial_ml: Optional[torch.Tensor],
     splits: int,
     row_blocks: int,
+    descriptors: Tuple[object, object],
 ) -> List[object]:
     """The one place that knows the order of extend_kernel's arguments."""
     i = inputs
     mask = i.custom_mask.view(torch.uint8) if i.custom_mask is not None else None
     length = i.xai_temperature_len
     return [
-        i.q, i.k_new, i.v_new, i.o, _pool(i.k_pool), _pool(i.v_pool),
+        i.q, i.k_new, i.v_new, i.o, _pool(i.k_pool), _pool(i.v_pool), *descriptors,
         i.qo_indptr, i.kv_indptr, i.kv_indices, i.prefix_lens, mask, i.mask_indptr,
         i.sinks, i.window_offsets, i.q_positions, i.lse, partial, partial_ml,
         *_strides(i.q), *_strides(i.k_new), *_strides(i.v_new), *_strides(i.o), *_strides(i.k_pool), *_strides(i.v_pool),
@@ -137,6 +139,20 @@ def _extend_arguments(
 
 
 _LOG2E = math.log2(math.e)
+
+
+def _descriptors(plan: Plan, inputs: Inputs, problem: Problem) -> Tuple[object, object]:
+    """TMA descriptors of the new tokens' K and V, in boxes of one tile of one head."""
+    if not plan.tma:
+        return None, None
+    assert inputs.k_new is not None and inputs.v_new is not None
+    return tuple(
+        tensor_descriptor(t, [plan.tile.block_n, 1, block])
+        for t, block in (
+            (inputs.k_new, block_head_dim(problem.head_dim_qk)[0]),
+            (inputs.v_new, block_head_dim_v(problem.head_dim_v)),
+        )
+    )  # type: ignore[return-value]
 
 
 def _pool(t: Optional[torch.Tensor]) -> Optional[torch.Tensor]:

@@ -46,6 +46,11 @@ def attend(
     stride_k,
     stride_v,
     slots,
+    # TMA: descriptors of K and V [rows, heads, dim], this sequence's first row in them, this KV head
+    k_desc,
+    v_desc,
+    desc_row,
+    desc_head,
     # tiles: ``count`` of them from ``first``; from the ``hole``-th on, ``skip`` tiles further
     first,
     count,
@@ -83,6 +88,7 @@ def attend(
     MASK: tl.constexpr,
     CAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     PRECISE: tl.constexpr = q.dtype == tl.float32
     RAW: tl.constexpr = not (MASKED or (CAP or TEMPERATURE))
@@ -104,8 +110,11 @@ def attend(
         exists = (key >= key_lo) & (key < key_hi)
 
         k_rows = k_ptr + row * stride_k
-        k = load_rows(k_rows, tl.arange(0, BLOCK_D), exists, HEAD_DIM, HEAD_DIM >= BLOCK_D, MASKED)
-        k = dequantise(k, q.dtype)
+        if TMA:
+            k = k_desc.load([desc_row + start, desc_head, 0]).reshape([BLOCK_N, BLOCK_D])
+        else:
+            k = load_rows(k_rows, tl.arange(0, BLOCK_D), exists, HEAD_DIM, HEAD_DIM >= BLOCK_D, MASKED)
+            k = dequantise(k, q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if BLOCK_PE > 0:
             offs_pe = BLOCK_D + tl.arange(0, BLOCK_PE)
@@ -131,6 +140,8 @@ def attend(
 
         if V_IS_K:
             v = k
+        elif TMA:
+            v = v_desc.load([desc_row + start, desc_head, 0]).reshape([BLOCK_N, BLOCK_DV])
         else:
             v_rows = v_ptr + row * stride_v
             v = load_rows(v_rows, tl.arange(0, BLOCK_DV), exists, HEAD_DIM_V, HEAD_DIM_V == BLOCK_DV, MASKED)
