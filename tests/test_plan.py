@@ -24,6 +24,7 @@ from extend_attn.plan import (
 )
 from extend_attn.plan.candidates import shrinking
 from extend_attn.plan.heuristics import MIN_SPLIT_KEYS, SPLIT_MAX, heuristic
+from extend_attn.plan.select import forget
 from extend_attn.problem import Problem
 
 H200 = DeviceSpec.preset("h200")
@@ -39,6 +40,9 @@ def no_table_of_this_machine(monkeypatch, tmp_path):
     monkeypatch.delenv("EXTEND_ATTN_TABLE", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no config"))
     monkeypatch.setattr("extend_attn.plan.tables.PACKAGED", tmp_path / "no tables")
+    forget()
+    yield
+    forget()
 
 
 # -- tiles and plans as values
@@ -353,8 +357,6 @@ def test_heads_share_a_tile_only_where_a_prefix_is_gathered():
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 64), st.integers(1, 40), st.integers(0, 10**6), st.sampled_from(ARCHITECTURES))
 def test_problems_of_one_key_get_one_plan_whoever_asks_first(batch, new, indices, arch):
-    from extend_attn.plan.select import forget
-
     device = DeviceSpec.preset(arch)
     problem = replace(VERIFY, batch_size=batch, num_tokens=batch * new, max_len_extend=new, num_kv_indices=indices)
     forget()

@@ -107,28 +107,29 @@ class Problem:
         if self.kv_dtype != self.dtype and self.kv_dtype not in FP8_TYPES:
             allowed = ", ".join((self.dtype, *FP8_TYPES))
             raise ValueError(f"kv_dtype: got {self.kv_dtype!r}; for dtype {self.dtype} allowed are {allowed}")
-        if self.out_dtype not in (self.dtype, "float32"):
+        if self.out_dtype != self.dtype and self.out_dtype != "float32":
             raise ValueError(f"out_dtype: got {self.out_dtype!r}; allowed are {self.dtype} and float32")
         if self.index_dtype not in INDEX_TYPES:
             raise ValueError(f"index_dtype: got {self.index_dtype!r}; allowed are int32 and int64")
+        values = self.__dict__
         for name in _FLAGS:
-            if type(getattr(self, name)) is not bool:
-                raise TypeError(f"{name}: got {getattr(self, name)!r}; it is a flag, True or False")
+            if type(values[name]) is not bool:
+                raise TypeError(f"{name}: got {values[name]!r}; it is a flag, True or False")
 
     def _check_sizes(self) -> None:
+        values = self.__dict__
         for name in _SIZES:
-            value = getattr(self, name)
-            if type(value) is not int:
-                raise TypeError(f"{name}: got {value!r} ({type(value).__name__}); expected int")
+            if type(values[name]) is not int:
+                raise TypeError(f"{name}: got {values[name]!r} ({type(values[name]).__name__}); expected int")
         for name in ("head_dim_qk", "head_dim_v"):
-            if not HEAD_DIM_MIN <= getattr(self, name) <= HEAD_DIM_MAX:
-                raise ValueError(f"{name}: got {getattr(self, name)}; allowed are {HEAD_DIM_MIN} to {HEAD_DIM_MAX}")
+            if not HEAD_DIM_MIN <= values[name] <= HEAD_DIM_MAX:
+                raise ValueError(f"{name}: got {values[name]}; allowed are {HEAD_DIM_MIN} to {HEAD_DIM_MAX}")
         for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; at least 1 is needed")
+            if values[name] < 1:
+                raise ValueError(f"{name}: got {values[name]}; at least 1 is needed")
         for name in _COUNTS:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}; a count is not negative")
+            if values[name] < 0:
+                raise ValueError(f"{name}: got {values[name]}; a count is not negative")
         if self.max_len_prefix is not None:
             if type(self.max_len_prefix) is not int:
                 raise TypeError(f"max_len_prefix: got {self.max_len_prefix!r}; expected int or None")

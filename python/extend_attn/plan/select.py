@@ -16,7 +16,7 @@ from .candidates import candidates, fitting
 from .device import DeviceSpec
 from .heuristics import heuristic
 from .legality import illegal
-from .sglang_rule import sglang_plan
+from .sglang_rule import VERIFY_MIN_BATCH, sglang_plan
 from .tile import Plan, Tile
 
 PlanLike = Union[None, str, Plan, Mapping[str, Any]]
@@ -48,16 +48,11 @@ def select(
     explicit plan that cannot run, with the reason. What is chosen by default is always legal; NotImplementedError if
     nothing is.
     """
-    key = (
-        problem.key(),
-        device,
-        _frozen(plan),
-        _frozen(tile),
-        table,
-        os.environ.get(tables.ENVIRONMENT),
-        os.environ.get("XDG_CONFIG_HOME"),
-        problem.batch_size >= 8 if plan in ("sglang", "sglang-legacy") else None,
-    )
+    key: Tuple[Any, ...] = (problem.key(), device, os.environ.get(tables.ENVIRONMENT))
+    if plan is not None or tile is not None or table is not None:
+        # SGLang's rule has a border inside a bucket of batch sizes
+        border = plan in ("sglang", "sglang-legacy") and problem.batch_size >= VERIFY_MIN_BATCH
+        key = (*key, _frozen(plan), _frozen(tile), table, border)
     try:
         found = _cache.get(key)
     except TypeError:  # an argument that cannot be hashed: no plan looks like that, so this raises what is wrong
