@@ -7,15 +7,12 @@ import sys
 from dataclasses import replace
 
 import pytest
+from plan_problems import H200, PREFILL, VERIFY
 
 from extend_attn.plan import DeviceSpec, Plan, Tile, explain, select, tables
 from extend_attn.plan.select import forget
-from extend_attn.problem import Problem
 
-H200 = DeviceSpec.preset("h200")
 H100 = DeviceSpec.preset("h100")
-VERIFY = Problem("bfloat16", 256, 256, 8, 4, batch_size=32, num_tokens=128, max_len_extend=4, num_kv_indices=256000)
-PREFILL = Problem("bfloat16", 256, 256, 8, 4, batch_size=1, num_tokens=8192, max_len_extend=8192, num_kv_indices=0)
 DEFAULT = "heuristic"
 
 

@@ -135,7 +135,7 @@ def _distance(row: Problem, problem: Problem) -> Optional[int]:
             return None
     elif new > OCTAVES_OF_EXTEND:
         return None
-    flags = sum(getattr(row, name) != getattr(problem, name) for name in PREFERRED_EQUAL)
+    flags: int = sum(getattr(row, name) != getattr(problem, name) for name in PREFERRED_EQUAL)
     return 2 * batch + 2 * new + old + flags
 
 
@@ -207,7 +207,7 @@ def user_folder() -> Path:
     """The user's config folder: platformdirs' where that is installed, else ``$XDG_CONFIG_HOME/extend_attn`` or
     ``~/.config/extend_attn``. It need not exist."""
     try:
-        from platformdirs import user_config_path
+        from platformdirs import user_config_path  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         home = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
         return Path(home) / "extend_attn"
