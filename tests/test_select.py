@@ -280,6 +280,8 @@ def test_an_explanation_of_an_explicit_plan_puts_it_first():
     found = explain(VERIFY, H200, plan={"split_kv": 7})
     assert found.rows[0].plan == found.choice and found.rows[0].source == "explicit"
     assert explain(VERIFY, H200, plan="sglang").choice.source == "sglang"
+    five = explain(replace(VERIFY, batch_size=5), H200, plan="sglang")  # five is in the bucket of eight
+    assert [row.plan.tile for row in five.rows if row.source == "sglang"] == [Tile(32, 64, 4, 2)]
     with pytest.raises(ValueError, match="shared memory"):
         explain(VERIFY, H200, tile=(64, 128, 8, 8))
 

@@ -10,6 +10,7 @@ from .candidates import candidates
 from .device import DeviceSpec
 from .legality import illegal, shared_memory_bytes
 from .select import PlanLike, TileLike, measured, select
+from .sglang_rule import sglang_plan
 from .tile import Plan
 
 
@@ -66,7 +67,7 @@ class Explanation:
 
     def __str__(self) -> str:
         table = [("", "plan", "source", "shared memory", "")]
-        chosen = next((row for row in self.rows if row.plan == self.choice), None)
+        chosen = next(row for row in self.rows if (row.plan, row.source) == (self.choice, self.choice.source))
         for row in self.rows:
             mark = "->" if row is chosen else ""
             verdict = "" if row.legal else f"no: {row.reason}"
@@ -93,8 +94,10 @@ def explain(
     choice = select(problem, device, plan=plan, tile=tile, table=table)
     if isinstance(plan, str) and plan.startswith("table:"):
         table = plan[len("table:") :]
-    sized = problem.bucketed()
-    considered: List[Plan] = [*measured(sized, device, table), *candidates(sized, device)]
+    sized = problem.bucketed()  # what plans are chosen for; only SGLang's rule sees the true batch
+    published = [sglang_plan(problem, device, legacy=legacy) for legacy in (False, True)]
+    ours = [p for p in candidates(sized, device) if p.source == "heuristic"]
+    considered: List[Plan] = [*measured(sized, device, table), *dict.fromkeys((*ours, *published))]
     if not any(choice == other and choice.source == other.source for other in considered):
         considered.insert(0, choice)
     rows = [Considered(p, illegal(sized, p, device), shared_memory_bytes(sized, p, device)) for p in considered]
