@@ -126,6 +126,16 @@ def test_presets(name, arch, shared_memory):
     assert DeviceSpec.preset(name, sm_count=7).sm_count == 7
 
 
+def test_a_preset_knows_the_installed_triton():
+    from importlib import metadata
+
+    try:
+        installed = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        installed = ""
+    assert DeviceSpec.preset("h200").triton == DeviceSpec.preset("sm_130").triton == installed
+
+
 def test_every_listed_preset_exists():
     for name in DeviceSpec.preset_names():
         assert DeviceSpec.preset(name).sm_count > 0
@@ -146,6 +156,7 @@ def test_an_unknown_preset_lists_the_known_ones(name):
         ({"sm_count": 0}, "sm_count"),
         ({"shared_memory": -1}, "shared_memory"),
         ({"warp_size": 32.0}, "warp_size"),
+        ({"triton": "main"}, "triton"),
     ),
 )
 def test_a_device_refuses(fields, name):
@@ -196,27 +207,43 @@ def test_tma_needs_contiguous_aligned_keys():
     assert illegal(CHUNK, plan, H200) is None
     assert "aligned to 8 bytes" in illegal(replace(CHUNK, alignment=8), plan, H200)
     assert "unified" in illegal(replace(CHUNK, unified=True), plan, H200)
+    assert "multiple of 16 bytes" in illegal(replace(CHUNK, head_dim_v=100), plan, H200)
+    assert "Triton 3.4" in illegal(CHUNK, plan, replace(H200, triton="3.2.0"))
+    assert illegal(CHUNK, plan, replace(H200, triton="3.4.0+rocm")) is None
+
+
+TREE = {"custom_mask": True, "mask_prefix": True, "sliding_window": 1024, "q_positions": True}
 
 
 @pytest.mark.parametrize(
-    "fields, plan, allocated",  # bytes that Triton 3.7.1 allocated for the kernel, compiled for sm_90
+    "arch, fields, plan, allocated",  # bytes that Triton 3.7.1 allocated for the compiled kernel
     (
-        ({}, Plan("packed", Tile(16, 32, 4, 1)), 25600),
-        ({}, Plan("packed", Tile(16, 32, 4, 2)), 41984),
-        ({}, Plan("packed", Tile(16, 32, 4, 3)), 74752),
-        ({}, Plan("packed", Tile(32, 32, 8, 3)), 83968),
-        ({}, Plan("tiled", Tile(64, 64, 4, 1)), 65536),
-        ({}, Plan("tiled", Tile(64, 64, 4, 2)), 163840),
-        ({}, Plan("tiled", Tile(64, 64, 4, 3)), 229376),
-        ({"head_dim_qk": 192, "head_dim_v": 128}, Plan("tiled", Tile(64, 64, 4, 3)), 147456),
-        ({"head_dim_qk": 576, "head_dim_v": 512}, Plan("tiled", Tile(64, 32, 8, 2)), 212992),
-        ({"dtype": "float32", "kv_dtype": "", "out_dtype": ""}, Plan("packed", Tile(16, 16, 4, 2)), 50240),
-        ({"kv_dtype": "float8_e4m3fn", "unified": True}, Plan("packed", Tile(16, 32, 4, 3)), 41984),
-        ({"kv_dtype": "float8_e4m3fn", "unified": True}, Plan("tiled", Tile(64, 64, 4, 3)), 131072),
+        ("sm_80", {}, Plan("tiled", Tile(64, 64, 4, 1)), 73728),
+        ("sm_80", {}, Plan("tiled", Tile(64, 64, 4, 3)), 172032),
+        ("sm_80", {"head_dim_qk": 128, "head_dim_v": 128}, Plan("tiled", Tile(128, 64, 8, 3)), 98304),
+        ("sm_90", {}, Plan("packed", Tile(16, 32, 4, 1)), 25600),
+        ("sm_90", {}, Plan("packed", Tile(16, 32, 4, 2)), 41984),
+        ("sm_90", {}, Plan("packed", Tile(16, 32, 4, 3)), 74752),
+        ("sm_90", {}, Plan("packed", Tile(32, 32, 8, 3)), 83968),
+        ("sm_90", {}, Plan("tiled", Tile(64, 64, 4, 1)), 65536),
+        ("sm_90", {}, Plan("tiled", Tile(64, 64, 4, 2)), 163840),
+        ("sm_90", {}, Plan("tiled", Tile(64, 64, 4, 3)), 229376),
+        ("sm_90", {}, Plan("tiled", Tile(64, 64, 4, 3), tma=True), 230424),
+        ("sm_90", {"head_dim_qk": 192, "head_dim_v": 128}, Plan("tiled", Tile(64, 64, 4, 3)), 147456),
+        ("sm_90", {"head_dim_qk": 576, "head_dim_v": 512}, Plan("tiled", Tile(64, 32, 8, 2)), 212992),
+        ("sm_90", {"dtype": "float32", "kv_dtype": "", "out_dtype": ""}, Plan("packed", Tile(16, 16, 4, 2)), 50240),
+        ("sm_90", {"kv_dtype": "float8_e4m3fn", "unified": True}, Plan("packed", Tile(16, 32, 4, 3)), 41984),
+        ("sm_90", {"kv_dtype": "float8_e4m3fn", "unified": True}, Plan("tiled", Tile(64, 64, 4, 3)), 131072),
+        ("sm_90", TREE, Plan("tiled", Tile(64, 64, 4, 2)), 164096),
+        ("sm_100", {}, Plan("tiled", Tile(64, 64, 4, 3), tma=True), 230432),
+        ("sm_100", TREE, Plan("tiled", Tile(64, 64, 4, 3)), 246816),
+        ("sm_120", {"kv_dtype": "float8_e4m3fn"}, Plan("tiled", Tile(64, 32, 4, 2)), 86016),
+        ("sm_120", {"kv_dtype": "float8_e4m3fn"}, Plan("tiled", Tile(64, 32, 4, 3)), 102400),
+        ("sm_120", {**TREE, "head_dim_qk": 128, "head_dim_v": 128}, Plan("packed", Tile(16, 64, 4, 3)), 74240),
     ),
 )
-def test_the_estimate_of_shared_memory_is_what_the_compiler_takes_or_a_little_more(fields, plan, allocated):
-    estimate = shared_memory_bytes(replace(CHUNK, **fields), plan, H200)
+def test_the_estimate_of_shared_memory_is_what_the_compiler_takes_or_a_little_more(arch, fields, plan, allocated):
+    estimate = shared_memory_bytes(replace(CHUNK, **fields), plan, DeviceSpec.preset(arch))
     assert allocated <= estimate <= allocated + 2048
 
 

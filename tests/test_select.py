@@ -142,6 +142,14 @@ def test_heads_share_a_tile_only_where_a_prefix_is_gathered():
     assert not select(replace(CHUNK, num_q_heads=4), H200).pack_gqa
 
 
+def test_new_keys_come_through_tma_where_that_serves():
+    assert select(PREFILL, H200).tma and select(CHUNK, H200).tma
+    assert not select(PREFILL, DeviceSpec.preset("a100")).tma
+    for fields in ({"custom_mask": True}, {"unified": True, "num_kv_indices": 8192}, {"alignment": 8}):
+        assert not select(replace(PREFILL, **fields), H200).tma
+    assert not select(PREFILL, replace(H200, triton="3.3.1")).tma
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 64), st.integers(1, 40), st.integers(0, 10**6), st.sampled_from(ARCHITECTURES))
 def test_problems_of_one_key_get_one_plan_whoever_asks_first(batch, new, indices, arch):

@@ -111,6 +111,7 @@ def _neighbours(plan: Plan) -> Iterator[Plan]:
             yield replace(plan, tile=Tile(**sizes))
     if plan.family == "tiled":
         yield replace(plan, pack_gqa=not plan.pack_gqa)
+        yield replace(plan, tma=not plan.tma)
     else:
         yield replace(plan, split_kv=plan.split_kv * 2)
         if plan.split_kv > 1:

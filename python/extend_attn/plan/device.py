@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib import metadata
 from typing import Dict, Optional, Tuple, Union
 
 KIB = 1024
@@ -34,7 +36,7 @@ class DeviceSpec:
 
     ``name`` as the driver reports it, ``capability`` (major, minor) or "hip", ``shared_memory`` the bytes one block
     can opt in to, ``registers`` the 32-bit registers of one multiprocessor, ``warp_size`` in threads, ``triton`` the
-    version in use ("" if not known: it only breaks ties between measured rows). Raises ValueError naming the field.
+    version in use ("" if not known: taken to be a recent one). Raises ValueError naming the field.
     """
 
     name: str
@@ -55,6 +57,9 @@ class DeviceSpec:
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; expected an integer of at least 1")
 
+        if self.triton and not re.match(r"\d+\.\d+", self.triton):
+            raise ValueError(f"triton: got {self.triton!r}; expected a version such as '3.6.0', or '' if not known")
+
     @property
     def arch(self) -> str:
         """Name of the architecture, as files and options spell it: "sm_90", or "hip"."""
@@ -69,8 +74,8 @@ class DeviceSpec:
         """The device of a short name: a product ("h200", "a100", "l40s", ...), an architecture ("sm_90") or "hip".
 
         An architecture stands for its best known product. One that is not listed ("sm_130") gets 128 multiprocessors
-        and the smallest shared memory of the current ones, so that what is planned for it also fits. ValueError for a
-        name that is neither.
+        and the smallest shared memory of the current ones, so that what is planned for it also fits. ``triton`` is the
+        version that is installed here. ValueError for a name that is neither.
         """
         key = re.sub(r"^sm_?(?=\d)", "sm_", name.strip().lower())
         key = _ARCH_PRODUCT.get(key, key)
@@ -84,12 +89,22 @@ class DeviceSpec:
             capability = (int(match.group(1)), int(match.group(2)))
             shared = SHARED_MEMORY.get(capability, SHARED_MEMORY_UNKNOWN)
             spec = cls(f"generic sm_{match.group(1)}{match.group(2)}", capability, 128, shared)
-        return spec if sm_count is None else replace(spec, sm_count=sm_count)
+        return replace(spec, sm_count=sm_count or spec.sm_count, triton=installed_triton())
 
     @staticmethod
     def preset_names() -> Tuple[str, ...]:
         """The names that ``preset`` knows, architectures first."""
         return (*sorted(_ARCH_PRODUCT, key=lambda arch: (len(arch), arch)), *sorted(_PRODUCTS))
+
+
+@cache
+def installed_triton() -> str:
+    """The installed Triton's version, read from its metadata without importing it; "" if there is none."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return ""
+    return version if re.match(r"\d+\.\d+", version) else ""
 
 
 def _nvidia(name: str, capability: Tuple[int, int], sm_count: int) -> DeviceSpec:

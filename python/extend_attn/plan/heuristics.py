@@ -9,6 +9,7 @@ from typing import Optional, Sequence, Tuple
 from ..problem import Problem
 from .blocks import block_head_dim_v, next_power_of_2
 from .device import DeviceSpec
+from .legality import no_tma
 from .tile import Plan, Tile
 
 # Up to this many new tokens a sequence is memory bound whatever its prefix: its keys should be read once a KV head.
@@ -60,7 +61,7 @@ def family(problem: Problem) -> str:
 def heuristic(problem: Problem, device: DeviceSpec, family_name: Optional[str] = None) -> Plan:
     """The preferred plan (of ``family_name``, if given), legal or not; plan/candidates.py makes it fit the device."""
     name = family_name or family(problem)
-    return packed_plan(problem, device) if name == "packed" else tiled_plan(problem)
+    return packed_plan(problem, device) if name == "packed" else tiled_plan(problem, device)
 
 
 def packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
@@ -96,8 +97,13 @@ def splits(problem: Problem, device: DeviceSpec, block_m: int) -> int:
     return max(1, min(int(wanted), SPLIT_MAX, keys // MIN_SPLIT_KEYS))
 
 
-def tiled_plan(problem: Problem) -> Plan:
-    """By the larger head dim; a group's heads share a tile where a prefix is read, because its gather costs most."""
+def tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
+    """By the larger head dim.
+
+    A group's heads share a tile where a prefix is read, because its gather costs most. The new keys come through TMA
+    where they can: on an H100 an 8192-token prefill at head dim 256 fell from 800 to 558 us, a 1000-token one from 32.4
+    to 24.9 us. It serves tiles that need no mask, so a custom mask leaves it nothing to do.
+    """
     head_dim = max(problem.head_dim_qk, problem.head_dim_v)
     if problem.dtype == "float32":
         tile = _by_head_dim(head_dim, FP32_TILES, FP32_TILE_LARGER)
@@ -105,7 +111,8 @@ def tiled_plan(problem: Problem) -> Plan:
         tile = _by_head_dim(head_dim, TILED_TILES, TILED_TILE_LARGER)
     group = problem.group
     pack = problem.has_prefix and group > 1 and group & (group - 1) == 0 and group <= tile.block_m
-    return Plan("tiled", tile, pack_gqa=pack, source="heuristic")
+    tma = problem.dtype != "float32" and not problem.custom_mask and no_tma(problem, device) is None
+    return Plan("tiled", tile, pack_gqa=pack, tma=tma, source="heuristic")
 
 
 def _by_head_dim(head_dim: int, tiles: Sequence[Tuple[int, Tile]], larger: Tile) -> Tile:

@@ -7,13 +7,15 @@ from typing import Optional
 from ..problem import ELEMENT_SIZE, Problem
 from .blocks import block_head_dim, block_head_dim_v
 from .device import DeviceSpec
-from .tile import BLOCK_MIN, Plan
+from .tile import BLOCK_MIN, Plan, Tile
 
 # 32-bit registers a thread can address (every architecture so far).
 REGISTERS_PER_THREAD = 255
 MAX_THREADS = 1024
-SCRATCH = 1024  # bytes: reductions across warps, barriers
+SCRATCH = 1152  # bytes: reductions across warps, barriers
+ROWS_OF_WEIGHTS_IN_REGISTERS = 128  # from this height on P stays with its warp
 TMA_ALIGNMENT = 16  # bytes: base pointer and strides of a TMA descriptor
+TMA_TRITON = (3, 4)  # the first with descriptors made on the host
 
 
 def shared_memory_bytes(problem: Problem, plan: Plan, device: DeviceSpec) -> int:
@@ -21,37 +23,48 @@ def shared_memory_bytes(problem: Problem, plan: Plan, device: DeviceSpec) -> int
 
     - The query tile.
     - Buffers of K and V: one a pipeline stage where the tensor cores read operands from shared memory, one less where a
-      tile passes through registers first, because they are read there or to be converted from fp8. The pool's keys and
-      the new ones use the same buffers in turn, so the larger counts. A V that is a part of its K takes none.
-    - The converted tile (fp8), or the weights P where operands come from registers.
+      tile passes through registers first, because they are read there or to be converted from fp8; then the converted
+      tile too. The pool's keys and the new ones use the same buffers in turn, so the larger counts. A V that is a part
+      of its K takes none.
+    - The weights P where operands come from registers.
+    - Prefetched mask bytes and positions; on data-centre Blackwell a tile of fp32 logits on its way to the mask.
     """
     tile = plan.tile
     size = ELEMENT_SIZE[problem.dtype]
-    block_d, block_pe = block_head_dim(problem.head_dim_qk)
     shared_operands = _reads_shared(problem, plan, device)
-    sources = []
+    buffers = [0]
     if problem.has_prefix:
-        sources.append((problem.kv_dtype, problem.v_aliases_k_pool))
+        buffers.append(_key_bytes(problem, tile, shared_operands, problem.kv_dtype, problem.v_aliases_k_pool))
     if not problem.unified:
-        sources.append((problem.dtype, problem.v_aliases_k_new))
-    buffers = 0
-    for dtype, v_is_k in sources:
-        block_dv = 0 if v_is_k else block_head_dim_v(problem.head_dim_v)
-        if tile.num_stages == 1:  # nothing is prefetched: K is gone when V comes
-            needed = tile.block_n * max(block_d, block_dv) * size
-        else:
-            converted = dtype != problem.dtype
-            direct = shared_operands and not converted
-            dims = block_d + block_pe + block_dv
-            needed = (tile.num_stages - (not direct)) * tile.block_n * dims * ELEMENT_SIZE[dtype]
-            if shared_operands and converted:
-                needed += tile.block_n * max(block_d, block_dv) * size
-        buffers = max(buffers, needed)
-    query = tile.block_m * (block_d + block_pe) * size
+        buffers.append(_key_bytes(problem, tile, shared_operands, problem.dtype, problem.v_aliases_k_new))
+    keys = max(buffers)
+    if tile.num_stages == 2 and problem.kv_dtype != problem.dtype and not shared_operands:
+        keys = sum(buffers)  # seen with fp8: the allocator finds no room for the small tiles among the large ones
+    query = tile.block_m * sum(block_head_dim(problem.head_dim_qk)) * size
     if tile.block_m == tile.block_n == BLOCK_MIN and tile.num_stages == 1:
-        return query + buffers  # nothing smaller to step down to: given the benefit of the doubt
-    weights = 0 if shared_operands else tile.block_m * tile.block_n * size
-    return query + buffers + weights + SCRATCH
+        return query + keys  # nothing smaller to step down to: given the benefit of the doubt
+    elements = tile.block_m * tile.block_n
+    weights = 0 if shared_operands or tile.block_m >= ROWS_OF_WEIGHTS_IN_REGISTERS else elements * size
+    masks = (tile.num_stages - 1) * 4 * tile.block_n * problem.q_positions
+    if problem.custom_mask and not shared_operands:
+        masks += (tile.num_stages - 1) * elements
+    elif problem.custom_mask and device.at_least(10):
+        masks = 4 * elements
+    return query + keys + weights + masks + SCRATCH
+
+
+def _key_bytes(problem: Problem, tile: Tile, shared_operands: bool, dtype: str, v_is_k: bool) -> int:
+    """Bytes of the K and V buffers of one source of keys (the pool or the new tokens)."""
+    size = ELEMENT_SIZE[problem.dtype]
+    block_d, block_pe = block_head_dim(problem.head_dim_qk)
+    block_dv = 0 if v_is_k else block_head_dim_v(problem.head_dim_v)
+    one_product = tile.block_n * max(block_d, block_dv) * size
+    if tile.num_stages == 1:  # nothing is prefetched: K is gone when V comes
+        return one_product
+    converted = dtype != problem.dtype
+    stages = tile.num_stages if shared_operands and not converted else tile.num_stages - 1
+    buffers = stages * tile.block_n * (block_d + block_pe + block_dv) * ELEMENT_SIZE[dtype]
+    return buffers + one_product if shared_operands and converted else buffers
 
 
 def _reads_shared(problem: Problem, plan: Plan, device: DeviceSpec) -> bool:
@@ -80,7 +93,7 @@ def illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
     elif plan.split_kv > 1:
         return f"split_kv: {plan.split_kv}; only the packed family splits a sequence's keys"
     if plan.tma:
-        reason = _no_tma(problem, device)
+        reason = no_tma(problem, device)
         if reason:
             return "tma: " + reason
     if plan.pdl and not device.at_least(9):
@@ -98,11 +111,17 @@ def illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
     return None
 
 
-def _no_tma(problem: Problem, device: DeviceSpec) -> Optional[str]:
+def no_tma(problem: Problem, device: DeviceSpec) -> Optional[str]:
+    """Why the new K/V cannot be loaded through TMA descriptors, or None if they can."""
     if not device.at_least(9):
         return f"needs sm_90 or newer, not {device.arch}"
+    if device.triton and tuple(int(n) for n in device.triton.split(".")[:2]) < TMA_TRITON:
+        return f"needs Triton {TMA_TRITON[0]}.{TMA_TRITON[1]} or newer, not {device.triton}"
     if problem.unified:
         return "a unified call has no contiguous new K/V; its keys are all gathered"
+    size = ELEMENT_SIZE[problem.dtype]
     if problem.alignment < TMA_ALIGNMENT:
         return f"base pointers and strides are aligned to {problem.alignment} bytes; {TMA_ALIGNMENT} are needed"
+    if problem.head_dim_qk * size % TMA_ALIGNMENT or problem.head_dim_v * size % TMA_ALIGNMENT:
+        return f"a head of K and of V must take a multiple of {TMA_ALIGNMENT} bytes"
     return None
