@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Dict, Iterator, Set, Tuple
 
@@ -121,6 +123,14 @@ SOURCES = [*modules(), *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / 
 def test_file_size(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= MAX_LINES, f"{lines} lines; a file has one subject and at most {MAX_LINES}"
+
+
+def test_linter():
+    """The whole tree, by the configuration in pyproject.toml."""
+    pytest.importorskip("ruff")
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", "."]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_python_39_syntax():
