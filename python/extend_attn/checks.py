@@ -72,10 +72,10 @@ def _examine(i: Inputs) -> _Report:
         if good.numel() == 0:
             return
         bad = (~good).to(torch.int8)
-        first = bad.argmax()
+        first = bad.argmax(dim=0, keepdim=True)
         index = torch.where(bad.any(), first, torch.full_like(first, _OK))
         rules.append((name, rule))
-        found.append(torch.stack([index, values.to(torch.int64)[first]]))
+        found.append(torch.cat([index, values.to(torch.int64).gather(0, first)]))  # values[first] would synchronise
 
     batch = i.batch_size
     starts = i.qo_indptr.to(torch.int64)
