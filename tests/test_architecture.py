@@ -23,9 +23,10 @@ ARROWS: Dict[str, Set[str]] = {
     "selection": {"plan", "problem", "devices"},
     "inputs": {"problem"},
     "checks": {"inputs"},
+    "calls": {"inputs", "plan", "problem"},
     "reference": {"inputs"},
     "kernels": {"plan", "problem", "inputs"},  # for the types of what it is given
-    "attention": {"inputs", "problem", "plan", "devices", "checks", "reference", "kernels"},
+    "attention": {"calls", "inputs", "problem", "plan", "devices", "checks", "reference", "kernels"},
     "warming": {"attention", "inputs", "problem", "plan", "devices", "kernels"},
     # Users of the public interface; nothing imports them.
     "bench": {"attention", "reference", "inputs", "problem", "plan", "devices", "selection", "warming"},
