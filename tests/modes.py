@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import bars
 import pytest
 import torch
-from cases import LARGE, SMALL, TINY, Case, make_case
+from cases import LARGE, SMALL, SPLIT, TINY, Case, make_case
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class Mode:
         return torch.bfloat16 if self.gpu else torch.float32
 
     @property
-    def packed(self) -> bool:
-        return self.kernel and self.plan["family"] == "packed"
+    def splits(self) -> bool:
+        return self.kernel and self.plan.get("split_kv", 1) > 1
 
     def case(self, **spec) -> Case:
         """A case of this mode: its type, on its device, at its size."""
-        size = {"lengths": list(LARGE), "dim": 64} if self.gpu else {"lengths": list(TINY if self.kernel else SMALL)}
+        size: Dict[str, Any] = {"lengths": list(SPLIT if self.splits else TINY if self.kernel else SMALL)}
+        if self.gpu:
+            size = {"lengths": list(LARGE), "dim": 64}
         return make_case(**{"dtype": self.dtype, "device": self.device, **size, **spec})
 
     def call(self, case: Case, **kwargs) -> Tuple[torch.Tensor, torch.Tensor, Any]:
@@ -61,7 +63,6 @@ class Mode:
         return out
 
 
-SMALL_TILE = {"block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 1}
 KERNELS: Dict[str, Dict[str, Any]] = {
     "tiled": {"family": "tiled", "pack_gqa": False},
     "tiled_gqa": {"family": "tiled", "pack_gqa": True},
@@ -69,17 +70,23 @@ KERNELS: Dict[str, Dict[str, Any]] = {
     "packed_split3": {"family": "packed", "split_kv": 3},
 }
 REFERENCE = Mode("reference")
-INTERPRETED = {name: Mode(f"{name}-interpreted", "cpu", {**plan, "tile": SMALL_TILE}) for name, plan in KERNELS.items()}
+INTERPRETED = {
+    name: Mode(f"{name}-interpreted", "cpu", {**plan, "tile": {"block_m": 16, "block_n": block_n, "num_stages": 1}})
+    for (name, plan), block_n in zip(KERNELS.items(), (16, 16, 16, 32))
+}
 GPU = {name: Mode(f"{name}-gpu", "cuda", plan) for name, plan in KERNELS.items()}
 BY_NAME = {mode.name: mode for mode in [REFERENCE, *INTERPRETED.values(), *GPU.values()]}
 
 
+# What the interpreter, at milliseconds a tile, runs where a test does not name its kernels.
+USUALLY_INTERPRETED = ("tiled_gqa", "packed")
+
+
 def modes(*kernels: str, reference: bool = True, interpreted: bool = True, gpu: bool = True) -> List[Any]:
-    """Parameters of ``mode``: by default everything; ``kernels`` names some of KERNELS."""
-    names = kernels or tuple(KERNELS)
+    """Parameters of ``mode``. kernels: names of KERNELS; if none is named, two are interpreted and all run on a GPU."""
     params = [pytest.param("reference")] if reference else []
     if interpreted:
-        params += [pytest.param(f"{name}-interpreted") for name in names]
+        params += [pytest.param(f"{name}-interpreted") for name in kernels or USUALLY_INTERPRETED]
     if gpu:
-        params += [pytest.param(f"{name}-gpu", marks=pytest.mark.gpu) for name in names]
+        params += [pytest.param(f"{name}-gpu", marks=pytest.mark.gpu) for name in kernels or KERNELS]
     return params

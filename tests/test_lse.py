@@ -22,6 +22,7 @@ def test_shape_and_rows_outside(mode):
     assert torch.isfinite(lse[2:-3]).all()
 
 
+@pytest.mark.parametrize("mode", modes("tiled", "packed_split3"), indirect=True)
 @pytest.mark.parametrize("sinks", [None, torch.float32], ids=["no_sink", "sink"])
 @pytest.mark.parametrize("unified", [False, True], ids=["two_stage", "unified"])
 def test_rows_that_see_nothing(mode, sinks, unified):
@@ -52,13 +53,13 @@ def test_it_comes_after_cap_and_temperature(mode):
 @pytest.mark.parametrize("mode", modes("tiled", "packed_split3"), indirect=True)
 def test_it_merges_two_calls(mode):
     """The reason to ask for it: attention over two halves of a prefix, merged by their LSEs, is attention over both."""
-    case = mode.case(lengths=[(4, 64)], mask="nothing", dtype=torch.float32)
+    case = mode.case(lengths=[(4, 300)], mask="nothing", dtype=torch.float32)
     slots = case.kwargs["kv_indices"]
     halves = []
-    for part in (slots[:32], slots[32:64]):
-        half = case.with_(kv_indices=part, kv_indptr=torch.tensor([0, 32], dtype=torch.int32, device=mode.device))
-        half.kwargs["custom_mask"] = torch.zeros(4 * 36, dtype=torch.bool, device=mode.device)
-        half.kwargs["mask_indptr"] = torch.tensor([0, 144], device=mode.device)
+    for part in (slots[:150], slots[150:300]):
+        half = case.with_(kv_indices=part, kv_indptr=torch.tensor([0, 150], dtype=torch.int32, device=mode.device))
+        half.kwargs["custom_mask"] = torch.zeros(4 * 154, dtype=torch.bool, device=mode.device)
+        half.kwargs["mask_indptr"] = torch.tensor([0, 4 * 154], device=mode.device)
         out, _, lse = mode.call(half, return_lse=True)
         halves.append((out[:4].double(), lse[:4].double()))
     both = torch.logaddexp(halves[0][1], halves[1][1])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import rebuild
-from modes import modes
+from modes import KERNELS, modes
 
 KINDS = ["tree", "random", "causal", "future", "nothing"]
 
 
+@pytest.mark.parametrize("mode", modes(*KERNELS), indirect=True)
 @pytest.mark.parametrize("mask_prefix", [False, True], ids=["extend_only", "prefix_too"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_mask(mode, kind, mask_prefix):
@@ -19,8 +20,8 @@ def test_mask(mode, kind, mask_prefix):
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_mask_alone_decides_over_new_tokens(mode, causal):
     """``is_causal`` cuts nothing from a mask, not even the tiles it would have skipped."""
-    lengths = [(150, 20), (700, 0)] if mode.gpu else [(50, 7), (17, 0)]
-    mode.check(mode.case(mask="future", causal=causal, lengths=lengths))
+    lengths = [(150, 20), (700, 0)] if mode.gpu else [(50, 7)]
+    mode.check(mode.case(mask="future", causal=causal, lengths=lengths, heads=(2, 1)))
 
 
 def test_is_causal_does_not_change_a_masked_call(mode):
@@ -50,13 +51,16 @@ def test_offsets_do_not_shift_a_mask_without_a_window(mode):
     mode.check(mode.case(mask="random", mask_prefix=True, cut=[9] * 8))
 
 
-@pytest.mark.parametrize("window", [-1, 3, 20])
+@pytest.mark.parametrize("mode", modes("tiled", "packed_split3"), indirect=True)
+@pytest.mark.parametrize("window", [-1, 3, 200])
 @pytest.mark.parametrize("positions", [False, True], ids=["by_row", "by_depth"])
 def test_tree_verification(mode, window, positions):
     """A few nodes a sequence over longer prefixes: what speculative decoding calls at every step."""
     lengths = [(4, 50), (7, 0), (1, 33), (12, 61)]
     if mode.gpu:
         lengths = [(e, 20 * p) for e, p in lengths]
+    elif mode.splits:
+        lengths = [(4, 140), (7, 0), (1, 290)]
     mode.check(mode.case(lengths=lengths, mask="tree", window=window, tree_positions=positions, temperature_len=20))
 
 

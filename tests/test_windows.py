@@ -12,8 +12,9 @@ def _cut(mode):
     return [0, 100, 3, 0, 64, 1, 500, 9] if mode.gpu else [0, 6, 2, 40, 0]
 
 
+@pytest.mark.parametrize("mode", modes("tiled", "tiled_gqa", "packed_split3"), indirect=True)
 @pytest.mark.parametrize("unified", [False, True], ids=["two_stage", "unified"])
-@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 31, 64, 1000])
+@pytest.mark.parametrize("window", [1, 15, 16, 17, 64, 140, 1000])
 def test_window(mode, window, unified):
     mode.check(mode.case(window=window, unified=unified))
 
@@ -53,9 +54,10 @@ def test_cutting_what_no_query_sees_changes_nothing(mode):
     mode.check(short)
 
 
+@pytest.mark.parametrize("mode", modes("tiled_gqa", "packed_split3"), indirect=True)
 @pytest.mark.parametrize("unified", [False, True], ids=["two_stage", "unified"])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", [2, 30])
+@pytest.mark.parametrize("window", [2, 140])
 def test_positions_count_in_the_window_rule(mode, window, causal, unified):
     """Nodes of one depth share a position; causality still goes by row."""
     mode.check(mode.case(window=window, tree_positions=True, causal=causal, cut=_cut(mode), unified=unified))
