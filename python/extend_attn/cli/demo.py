@@ -56,10 +56,10 @@ def run_step(step: scenario.Step, plan: Optional[str]) -> Outcome:
     q = step.arguments["q_extend"]
     assert isinstance(q, torch.Tensor)
     out = torch.full_like(q, float("nan"))
-    chosen = prepare(o_extend=out, plan=plan, **step.arguments)[2]  # type: ignore[arg-type]
+    chosen = prepare(o_extend=out, plan=plan, **step.arguments)[2]
 
     def call() -> None:
-        extend_attention_fwd(o_extend=out, plan=plan, **step.arguments)  # type: ignore[arg-type]
+        extend_attention_fwd(o_extend=out, plan=plan, **step.arguments)
 
     begin = time.perf_counter()
     call()

@@ -6,7 +6,7 @@ Only tensors and index arrays are made here; what is called with them, timed and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 
@@ -69,7 +69,7 @@ class Step:
 
     name: str
     layer: Layer
-    arguments: Dict[str, object]
+    arguments: Dict[str, Any]
     prefix_lens: List[int]
     extend_lens: List[int]
 
@@ -98,7 +98,7 @@ class Step:
         window = self.layer.sliding_window_size
         prefix = sum(min(p, window) if window > 0 else p for p in self.prefix_lens)
         extend = sum(self.extend_lens)
-        element = self.arguments["q_extend"].element_size()  # type: ignore[attr-defined]
+        element = self.arguments["q_extend"].element_size()
         rows = 2 * extend * NUM_Q_HEADS + 2 * (prefix + extend) * NUM_KV_HEADS
         return rows * HEAD_DIM * element + prefix * 8
 
@@ -116,7 +116,7 @@ def steps(layer: Layer, scale: Scale, dtype: torch.dtype, device: torch.device, 
         extend = min(scale.chunk, scale.prompt - begin)
         step = _step(f"prefill {begin // scale.chunk + 1}", layer, pool, [prompt_slots], extend, dtype, generator)
         yield step
-        new = pool.store(step.arguments["k_extend"], step.arguments["v_extend"])  # type: ignore[arg-type]
+        new = pool.store(step.arguments["k_extend"], step.arguments["v_extend"])
         prompt_slots = torch.cat([prompt_slots, new])
 
     yield _step("verify", layer, pool, [prompt_slots, *other_slots], scale.draft, dtype, generator)
@@ -148,7 +148,7 @@ def _step(
     k, v = _tokens(rows, dtype, generator)
     qo_indptr = torch.arange(0, rows + 1, extend, dtype=torch.int32, device=device)
     kv_indptr = torch.tensor([0, *prefix_lens], dtype=torch.int64).cumsum(0).to(device=device, dtype=torch.int32)
-    arguments: Dict[str, object] = dict(
+    arguments: Dict[str, Any] = dict(
         q_extend=q,
         k_extend=k,
         v_extend=v,
