@@ -66,6 +66,14 @@ def pytest_collection_modifyitems(items) -> None:
                 item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def _give_memory_back(request):
+    """Worker processes share the GPU: what one test's oracle needed must not stay in its process's cache."""
+    yield
+    if HAS_GPU and request.node.get_closest_marker("gpu") and torch.cuda.memory_reserved() > 1 << 30:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def mode(request, monkeypatch) -> Mode:
     chosen = BY_NAME[request.param]

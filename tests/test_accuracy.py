@@ -44,7 +44,7 @@ def test_published_shapes(row):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 256])
 def test_long_prefixes(kernel, dtype, dim):
     """Thousands of keys: sums in fp32, products in IEEE fp32 where the inputs are fp32."""
     GPU[kernel].check(

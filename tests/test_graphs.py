@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 
 import bars
@@ -100,8 +101,10 @@ def test_default_plan_in_a_graph(rules):
 @pytest.mark.parametrize("batch", [1, 32])
 def test_decode_and_verify_graphs(batch):
     """What engines capture: a few new tokens each, prefixes of any length behind a huge index array."""
-    spec = {"max_len_extend": 4, "beyond": 100_000, "heads": (8, 4), "dim": 128}
-    captured = Captured(_case([(4, 1000)] * batch, **spec), None, room=2)
+    spec = {"max_len_extend": 4, "heads": (8, 4), "dim": 128}
+    largest = _case([(4, 1000)] * batch, **spec)
+    slots = largest.kwargs["kv_indices"]
+    captured = Captured(largest.with_(kv_indices=torch.cat([slots, slots[-1:].expand(1_000_000)])), None, room=2)
     captured.replay(_case([(4, (97 * b) % 1000) for b in range(batch)], 1, **spec))
     captured.replay(_case([(1 + b % 4, 1000 - b) for b in range(batch)], 2, **spec))
 
@@ -233,11 +236,13 @@ def test_warmup_loads_what_a_capture_needs():
 def test_warmup_for_a_model():
     """``Problem.for_model`` poses what a server captures: every batch size, then no capture compiles."""
     problems = extend_attn.Problem.for_model(
-        head_dim=80, num_q_heads=6, num_kv_heads=2, batch_sizes=(1, 8), max_len_extend=4
+        head_dim=80, num_q_heads=6, num_kv_heads=2, batch_sizes=(1, 8), max_len_extend=4, max_context=4096
     )
     extend_attn.warmup(problems)
     for batch in (1, 8):
-        case = _case([(4, 500)] * batch, dim=80, heads=(6, 2), max_len_extend=4)
+        case = _case([(4, 500)] * batch, dim=80, heads=(6, 2), max_len_extend=4, beyond=0)
+        slots = case.kwargs["kv_indices"]
+        case.kwargs["kv_indices"] = torch.cat([slots, slots[-1:].expand(batch * 4096 - slots.numel())])
         out, buffer = case.out()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -246,14 +251,13 @@ def test_warmup_for_a_model():
         bars.assert_right(case, out, buffer, None)
 
 
-TOO_LARGE = {"family": "tiled", "tile": {"block_m": 128, "block_n": 128, "num_warps": 8, "num_stages": 4}}
+TOO_LARGE = {"family": "tiled", "tile": {"block_m": 64, "block_n": 128, "num_warps": 8, "num_stages": 4}}
 
 
 @pytest.fixture
 def trusting(monkeypatch):
     """Legality that lets everything through, so that the device itself has to refuse."""
-    import extend_attn.plan.select as select
-
+    select = importlib.import_module("extend_attn.plan.select")
     monkeypatch.setattr(select, "illegal", lambda *args: None)
     select.forget()
     yield
@@ -261,7 +265,7 @@ def trusting(monkeypatch):
 
 
 def _wide() -> Case:
-    return _case([(130, 300)], dim=512, heads=(2, 1), max_len_extend=130)
+    return _case([(130, 300)], dim=256, heads=(2, 1), max_len_extend=130)
 
 
 def test_an_explicit_plan_is_never_stepped_down(trusting):
@@ -296,3 +300,23 @@ def test_another_current_device_or_stream(mode):
         out, buffer, lse = mode.call(case, return_lse=True)
     stream.synchronize()
     bars.assert_right(case, out, buffer, lse)
+
+
+HOPPER = {
+    "tma": {"family": "tiled", "pack_gqa": False, "tma": True},
+    "tma_gqa": {"family": "tiled", "pack_gqa": True, "tma": True},
+    "pdl": {"family": "packed", "split_kv": 3, "pdl": True},
+}
+
+
+@pytest.mark.parametrize("rules", ["plain", "tree", "rules", "fp8"])
+@pytest.mark.parametrize("plan", HOPPER)
+def test_what_newer_gpus_add(plan, rules):
+    """TMA descriptors and dependent launches: the same answers, eager and in a graph."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs sm_90 or newer")
+    mode = Mode(plan, "cuda", HOPPER[plan])
+    mode.check(mode.case(**{**RULES[rules], **({"cut": [0, 3, 50, 7, 0, 0, 9, 1]} if rules == "tree" else {})}))
+    captured = Captured(_case(BIG, **RULES[rules]), HOPPER[plan])
+    for seed, lengths in enumerate(OTHERS, start=1):
+        captured.replay(_case(lengths, seed, **RULES[rules]))

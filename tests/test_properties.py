@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from modes import REFERENCE, modes
 
 FUZZ = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
-EXAMPLES = {"reference": 80, "interpreted": 15, "gpu": 25}
+EXAMPLES = {"reference": 80, "interpreted": 15, "gpu": 12}
 
 lengths = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 40)), min_size=0, max_size=4)
 split_lengths = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 400)), min_size=1, max_size=2)
