@@ -5,11 +5,14 @@
       plan.select()        Problem -> Plan: which kernel and tile, how many splits, and why
       kernels.launch()     Plan + Inputs -> the Triton kernels, no decisions
 
+A call like an earlier one finds the results of the first two, and what the third makes of them, in calls.py.
+
 CPU tensors run on the plain PyTorch reference, or, with TRITON_INTERPRET=1, on the kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import warnings
@@ -17,8 +20,8 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
 
+from . import calls, reference
 from . import inputs as _inputs
-from . import reference
 from .checks import last_error, verify
 from .devices import device_spec
 from .inputs import Inputs
@@ -122,13 +125,13 @@ def extend_attention_fwd(
         KernelNotLoaded: a kernel is missing and a CUDA graph is being captured; see ``warmup``.
     """
     _refuse(batch_invariant)
-    checked = _inputs.two_stage(
+    checked, prepared = calls.two_stage(
         q_extend, k_extend, v_extend, o_extend, k_buffer, v_buffer, qo_indptr, kv_indptr, kv_indices, custom_mask,
         is_causal, mask_indptr, max_len_extend, k_scale, v_scale, sm_scale, logit_cap, skip_prefix_custom_mask,
         sliding_window_size, sinks, window_kv_offsets, xai_temperature_len,
         return_lse=return_lse, q_positions=q_positions, max_len_prefix=max_len_prefix,
     )  # fmt: skip
-    return _run(checked, plan, tile, check)
+    return _run(checked, prepared, plan, tile, check)
 
 
 def extend_attention_fwd_unified(
@@ -175,12 +178,12 @@ def extend_attention_fwd_unified(
             window.
     """
     _refuse(batch_invariant)
-    checked = _inputs.unified(
+    checked, prepared = calls.unified(
         q, o, k_buffer, v_buffer, k_scale, v_scale, qo_indptr, kv_indptr, kv_indices, prefix_lens, max_len_extend,
         custom_mask, mask_indptr, sm_scale, logit_cap, is_causal, sliding_window_size, sinks, window_start_pos,
         xai_temperature_len, return_lse=return_lse, q_positions=q_positions, max_len_prefix=max_len_prefix,
     )  # fmt: skip
-    return _run(checked, plan, tile, check)
+    return _run(checked, prepared, plan, tile, check)
 
 
 def prepare(*args: Any, **kwargs: Any) -> Tuple[Inputs, Problem, Plan]:
@@ -200,39 +203,59 @@ def _refuse(batch_invariant: bool) -> None:
         raise NotImplementedError("batch_invariant: not available in this version; pass False")
 
 
-def _run(checked: Inputs, plan: PlanLike, tile: TileLike, check: bool) -> Optional[torch.Tensor]:
+def _run(
+    checked: Inputs, prepared: calls.Prepared, plan: PlanLike, tile: TileLike, check: bool
+) -> Optional[torch.Tensor]:
     """Plan and launch a checked call."""
-    problem = checked.problem()
+    problem = prepared.problem
     if check:
         checked = verify(checked)
-    if checked.q.device.type == "cpu" and not _interpret():
+    device = checked.q.device
+    if device.type == "cpu" and not _interpret():
         if plan is not None or tile is not None:  # refuse what the kernels would refuse
-            _plan(problem, checked.q.device, plan, tile)
+            _plan(problem, device, plan, tile)
         reference.run(checked)
         return checked.lse
-    chosen = _plan(problem, checked.q.device, plan, tile)
-    run_plan(chosen, checked, problem, explicit=plan is not None or tile is not None)
+    if plan is not None or tile is not None:
+        run_plan(_plan(problem, device, plan, tile), checked, problem, explicit=True)
+        return checked.lse
+    if prepared.recipe is None:
+        prepared.plan = _plan(problem, device, None, None)
+        prepared.recipe = _launching().recipe_of(prepared.plan, checked, problem)
+    assert prepared.plan is not None
+    run_plan(prepared.plan, checked, problem, explicit=False, recipe=prepared.recipe)
     return checked.lse
 
 
-def run_plan(plan: Plan, checked: Inputs, problem: Problem, *, explicit: bool, key: Any = None) -> List[tuple]:
+def run_plan(
+    plan: Plan, checked: Inputs, problem: Problem, *, explicit: bool, key: Any = None, recipe: Any = None
+) -> List[tuple]:
     """Launches ``plan``; one that the library chose steps down to the next legal tile if the device refuses it.
 
     A step down is remembered for ``key``, the ``Problem.key()`` that the plan was chosen for (None: this problem's).
+    ``recipe`` is the plan's, if it is there already.
     """
-    from .kernels.compat import OutOfResources
-    from .kernels.launch import launch
-
-    device = device_spec(checked.q.device)
+    launching = _launching()
     while True:
         try:
-            return launch(plan, checked, problem)
-        except OutOfResources as error:
+            return launching.launch(plan, checked, problem, recipe)
+        except launching.OutOfResources as error:
+            device = device_spec(checked.q.device)
             smaller = None if explicit else step_down(problem, plan, device)
             if smaller is None or torch.cuda.is_current_stream_capturing():
                 raise
             warnings.warn(f"{plan} does not fit {device.name} ({error}); using {smaller}", stacklevel=4)
             plan = _stepped_down[problem.key() if key is None else key, device] = smaller
+            recipe = None
+            calls.forget()  # calls that remember the larger plan
+
+
+@functools.cache
+def _launching() -> Any:
+    """kernels/launch.py, which needs Triton; CPU tensors do not."""
+    from .kernels import launch
+
+    return launch
 
 
 def _plan(problem: Problem, device: torch.device, plan: PlanLike, tile: TileLike) -> Plan:

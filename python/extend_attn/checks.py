@@ -44,7 +44,7 @@ def verify(inputs: Inputs) -> Inputs:
     if inputs.q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured.append(report)
         ok = (report.found[:, 0] == _OK).all()
-        return dataclasses.replace(inputs, qo_indptr=inputs.qo_indptr * ok)
+        return inputs._replace(qo_indptr=inputs.qo_indptr * ok)
     message = report.message()
     if message is not None:
         raise ValueError(message)

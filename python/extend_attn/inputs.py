@@ -1,15 +1,15 @@
 """From a call's arguments to checked ``Inputs`` and the ``Problem`` they pose.
 
 Everything a host can check without reading device memory is checked here, once, before anything is launched: nothing
-below re-checks. What only the device knows (the contents of index arrays) is checked on request, see checks.py.
+below re-checks. What only the device knows (the contents of index arrays) is checked on request, see checks.py. A
+call like an earlier one skips these checks: a fact that a check looks at belongs into that test of likeness, calls.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import numbers
-from typing import Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import torch
 
@@ -21,8 +21,7 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 SINK_DTYPES = QUERY_DTYPES
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """One call's tensors and scalars, checked. Shapes as in ``extend_attention_fwd``; None where a feature is off.
 
     Two-stage, ``k_new``/``v_new`` hold the new tokens and ``kv_indptr``/``kv_indices`` the prefix. Unified,
@@ -146,6 +145,7 @@ def two_stage(
         k_pool, v_pool = _pool(k_buffer, v_buffer, dtype, device)
         _dim("k_buffer", k_pool, 1, k_extend.shape[1], "the KV heads of k_extend")
         _dim("k_buffer", k_pool, 2, head_dim, "the head dim of q_extend")
+        _one_pool(k_pool, v_pool)
         _dim("v_buffer", v_pool, 2, v_extend.shape[2], "the head dim of v_extend")
     _bool("skip_prefix_custom_mask", skip_prefix_custom_mask)
     return Inputs(
@@ -179,6 +179,7 @@ def unified(
     k_pool, v_pool = _pool(k_buffer, v_buffer, q.dtype, device)
     _kv_heads("k_buffer", k_pool, q.shape[1], "q")
     _dim("k_buffer", k_pool, 2, q.shape[2], "the head dim of q")
+    _one_pool(k_pool, v_pool)
     _output("o", o, q, "q", v_pool.shape[2], "v_buffer")
     index = _indices(qo_indptr, kv_indptr, kv_indices, device)
     _vector("prefix_lens", prefix_lens, INDEX_DTYPES, index["batch_size"], "one length a sequence", device)
@@ -200,6 +201,11 @@ def unified(
             q.shape[2],
         ),
     )  # fmt: skip
+
+
+def empty_lse(q: torch.Tensor) -> torch.Tensor:
+    """What rows outside ``qo_indptr`` keep: -inf."""
+    return torch.full(q.shape[:2], float("-inf"), dtype=torch.float32, device=q.device)
 
 
 # ---- one check each; every message starts with the argument's name and ends with what is allowed ----
@@ -262,10 +268,14 @@ def _pool(k_buffer: object, v_buffer: object, dtype: torch.dtype, device: torch.
         _rows(name, t, (dtype, *FP8_DTYPES))
         _on(name, t, device)  # type: ignore[arg-type]
     assert isinstance(k_buffer, torch.Tensor) and isinstance(v_buffer, torch.Tensor)
+    return k_buffer, v_buffer
+
+
+def _one_pool(k_buffer: torch.Tensor, v_buffer: torch.Tensor) -> None:
+    """V is to K's liking; K itself has been looked at, so that what is wrong with K is not put down to V."""
     _same_dtype("v_buffer", v_buffer, "k_buffer", k_buffer.dtype)
     _dim("v_buffer", v_buffer, 1, k_buffer.shape[1], "the KV heads of k_buffer")
     _dim("v_buffer", v_buffer, 0, k_buffer.shape[0], "the slots of k_buffer")
-    return k_buffer, v_buffer
 
 
 def _vector(name: str, t: object, dtypes, length: int, why: str, device: torch.device) -> None:
@@ -318,7 +328,7 @@ def _additions(sinks, q_positions, return_lse, q: torch.Tensor) -> dict:
         _vector("q_positions", q_positions, (torch.int32,), 0, "", q.device)
     lse = None
     if _bool("return_lse", return_lse):
-        lse = torch.full(q.shape[:2], float("-inf"), dtype=torch.float32, device=q.device)
+        lse = empty_lse(q)
     return dict(sinks=sinks, q_positions=q_positions, lse=lse)
 
 

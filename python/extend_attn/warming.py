@@ -63,7 +63,8 @@ def warmup(
         done.add((problem.key(), chosen))
         for inputs in _stand_ins(problem, target):
             small = dataclasses.replace(problem, **_sizes(inputs))
-            for kernel, _, _, constants in run_plan(chosen, inputs, small, explicit=plan is not None, key=problem.key()):
+            launched = run_plan(chosen, inputs, small, explicit=plan is not None, key=problem.key())
+            for kernel, _, _, constants in launched:
                 variants.add((kernel.__name__, repr(sorted(constants.items())) + repr(_types(inputs))))
     torch.cuda.synchronize(target)
     report = WarmupReport(len(variants), time.perf_counter() - start)
@@ -82,8 +83,7 @@ def _sizes(inputs: Inputs) -> dict:
 
 
 def _types(inputs: Inputs) -> List[Optional[str]]:
-    values = (getattr(inputs, field.name) for field in dataclasses.fields(inputs))
-    return [str(value.dtype) if isinstance(value, torch.Tensor) else None for value in values]
+    return [str(value.dtype) if isinstance(value, torch.Tensor) else None for value in inputs]
 
 
 def _stand_ins(problem: Problem, device: torch.device) -> List[Inputs]:
@@ -140,5 +140,5 @@ def _stand_ins(problem: Problem, device: torch.device) -> List[Inputs]:
         is_causal=p.is_causal,
         mask_prefix=p.mask_prefix,
     )
-    scaled = [dataclasses.replace(one, v_scale=0.5)] if p.kv_dtype in FP8_TYPES else []
+    scaled = [one._replace(v_scale=0.5)] if p.kv_dtype in FP8_TYPES else []
     return [one, *scaled]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from ..problem import Problem
 from . import tables
@@ -27,6 +27,7 @@ _TABLE_PREFIX = "table:"
 
 _CACHE_MAX = 4096  # keys hold buckets, so one process meets few; the limit only bounds a pathological one
 _cache: Dict[Any, Plan] = {}
+_forget_too: List[Callable[[], None]] = []
 
 
 def select(
@@ -69,6 +70,13 @@ def forget() -> None:
     """Drops every remembered choice and table, so that changed table files count."""
     _cache.clear()
     tables.forget()
+    for drop in _forget_too:
+        drop()
+
+
+def on_forget(drop: Callable[[], None]) -> None:
+    """Has ``forget`` call ``drop`` too: for those who keep chosen plans."""
+    _forget_too.append(drop)
 
 
 def _choose(problem: Problem, device: DeviceSpec, plan: PlanLike, tile: TileLike, table: Optional[str]) -> Plan:
