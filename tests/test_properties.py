@@ -1,6 +1,6 @@
 """Random problems (hypothesis), and what must hold between calls whatever the problem.
 
-``--hypothesis-profile=fuzz`` looks further: new examples each time and many more of them.
+HYPOTHESIS_PROFILE=fuzz in the environment looks further: new examples each time and many more of them, shrunk.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import bars
 import pytest
 import torch
 from cases import make_case, rebuild
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from modes import REFERENCE, modes
 
@@ -62,7 +62,17 @@ def specs(draw, sizes):
 def _settings(kind):
     quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     count = EXAMPLES[kind] * (20 if FUZZ else 1)
-    return settings(max_examples=count, deadline=None, derandomize=not FUZZ, database=None, suppress_health_check=quiet)
+    phases = [Phase.explicit, Phase.generate]
+    if FUZZ or kind == "reference":
+        phases.append(Phase.shrink)  # takes minutes where an example takes seconds
+    return settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=not FUZZ,
+        database=None,
+        suppress_health_check=quiet,
+        phases=phases,
+    )
 
 
 @_settings("reference")
