@@ -74,6 +74,11 @@ def meta_inputs(problem: Problem) -> Inputs:
     def empty(*shape: int, dtype: str) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
+    def value(k: Optional[torch.Tensor], aliases: bool, dtype: str) -> Optional[torch.Tensor]:
+        if k is None or aliases:
+            return None if k is None else k[..., :dim_v]
+        return empty(k.shape[0], heads, dim_v, dtype=dtype)
+
     p = problem
     heads, dim, dim_v, batch = p.num_kv_heads, p.head_dim_qk, p.head_dim_v, p.batch_size
     pool = p.num_kv_indices > 0 or p.unified
@@ -82,10 +87,10 @@ def meta_inputs(problem: Problem) -> Inputs:
     return Inputs(
         q=empty(p.num_tokens, p.num_q_heads, dim, dtype=p.dtype),
         k_new=k_new,
-        v_new=None if p.unified else (k_new[..., :dim_v] if p.v_aliases_k_new else empty(p.num_tokens, heads, dim_v, dtype=p.dtype)),
+        v_new=value(k_new, p.v_aliases_k_new, p.dtype),
         o=empty(p.num_tokens, p.num_q_heads, dim_v, dtype=p.out_dtype),
         k_pool=k_pool,
-        v_pool=None if k_pool is None else (k_pool[..., :dim_v] if p.v_aliases_k_pool else empty(4096, heads, dim_v, dtype=p.kv_dtype)),
+        v_pool=value(k_pool, p.v_aliases_k_pool, p.kv_dtype),
         qo_indptr=empty(batch + 1, dtype="int32"),
         kv_indptr=empty(batch + 1, dtype="int32"),
         kv_indices=empty(p.num_kv_indices, dtype=p.index_dtype),
@@ -107,7 +112,7 @@ def meta_inputs(problem: Problem) -> Inputs:
         sliding_window=p.sliding_window,
         is_causal=p.is_causal,
         mask_prefix=p.mask_prefix,
-    )  # fmt: skip
+    )
 
 
 def compile_plan(problem: Problem, plan: Plan, arch: int, *, resources: bool = False) -> List[Compiled]:

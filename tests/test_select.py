@@ -108,9 +108,10 @@ def test_rows_fill_the_packed_tile():
 
 
 def test_a_large_accumulator_is_spread_over_eight_warps():
-    for head_dim, new, num_warps in ((256, 16, 4), (512, 8, 4), (512, 16, 8), (128, 16, 4)):
-        problem = replace(VERIFY, head_dim_qk=head_dim, head_dim_v=head_dim, max_len_extend=new)
-        assert select(problem, H200).tile.num_warps == num_warps, (head_dim, new)
+    for head_dim, kv_heads, num_warps in ((256, 4, 4), (192, 2, 8), (128, 2, 4)):
+        problem = replace(VERIFY, head_dim_qk=head_dim, head_dim_v=head_dim, num_kv_heads=kv_heads, max_len_extend=16)
+        plan = select(replace(problem, batch_size=4), H200)
+        assert plan.family == "packed" and plan.tile.num_warps == num_warps, (head_dim, plan)
 
 
 def test_fp32_tiles_stay_small():
@@ -122,17 +123,32 @@ def test_fp32_tiles_stay_small():
 
 def test_splits_fill_the_gpu_and_never_get_too_short():
     one = replace(VERIFY, batch_size=1, num_tokens=4, num_kv_indices=8000)
-    assert select(one, H200).split_kv == 8192 // MIN_SPLIT_KEYS == 64
+    assert select(one, H200).split_kv == 132 // 4
     assert select(replace(one, max_len_prefix=512), H200).split_kv == 512 // MIN_SPLIT_KEYS
     assert select(replace(one, sliding_window=1023), H200).split_kv == 1024 // MIN_SPLIT_KEYS
     assert select(replace(one, num_kv_indices=100), H200).split_kv == 1
     assert select(replace(one, num_kv_indices=0), H200).split_kv == 1
-    assert select(replace(one, num_kv_indices=1 << 40), H200).split_kv == SPLIT_MAX  # a preallocated array
-    assert select(replace(VERIFY, batch_size=64), H200).split_kv == 1  # 256 pairs fill 132 SMs
-    assert select(VERIFY, H200).split_kv == 2  # 128 pairs do too, but each has a long way to go
+    assert select(replace(one, num_kv_indices=1 << 40), H200).split_kv == 132 // 4  # a preallocated array
+    assert select(replace(one, num_q_heads=1, num_kv_heads=1), H200).split_kv == SPLIT_MAX
+    assert select(VERIFY, H200).split_kv == 1  # 128 pairs fill 132 SMs
+    assert select(replace(VERIFY, kv_dtype="float8_e4m3fn"), H200).split_kv == 2  # conversion binds: two a SM
+    large = replace(VERIFY, head_dim_qk=512, head_dim_v=512, num_kv_heads=2)
+    assert select(large, H200).split_kv == 2  # 64 pairs, and no more than one program a SM
     assert select(replace(VERIFY, sliding_window=1023), H200).split_kv == 1
     eight = select(replace(VERIFY, batch_size=8), H200).split_kv
-    assert 132 <= 8 * 4 * eight <= 3 * 132
+    assert 132 <= 8 * 4 * eight <= 2 * 132
+
+
+def test_the_combine_of_splits_starts_early_where_the_architecture_can():
+    one = replace(VERIFY, batch_size=1, num_tokens=4, num_kv_indices=8000)
+    assert select(one, H200).pdl and not select(VERIFY, H200).pdl
+    assert not select(one, DeviceSpec.preset("a100")).pdl
+
+
+def test_large_blocks_where_they_fill_the_gpu_or_a_prefix_is_read():
+    few, many = replace(PREFILL, num_tokens=1000, max_len_extend=1000), PREFILL
+    assert select(few, H200).tile.block_m < select(many, H200).tile.block_m == 128
+    assert select(CHUNK, H200).tile.block_m == 128
 
 
 def test_heads_share_a_tile_only_where_a_prefix_is_gathered():

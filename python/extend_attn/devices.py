@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from .plan.device import DeviceSpec
+from .plan.device import DeviceSpec, installed_triton
 
 # What CPU tensors are planned for when the kernels run in Triton's interpreter.
 INTERPRETED_AS = "sm_90"
@@ -19,7 +19,7 @@ def device_spec(device: torch.device) -> DeviceSpec:
     return _of_cuda(device.index if device.index is not None else torch.cuda.current_device())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _of_cuda(index: int) -> DeviceSpec:
     found = torch.cuda.get_device_properties(index)
     capability = "hip" if torch.version.hip else (found.major, found.minor)
@@ -28,4 +28,5 @@ def _of_cuda(index: int) -> DeviceSpec:
         capability=capability,
         sm_count=found.multi_processor_count,
         shared_memory=getattr(found, "shared_memory_per_block_optin", 64 * 1024),
+        triton=installed_triton(),
     )

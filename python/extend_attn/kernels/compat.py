@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Tuple
 
@@ -27,23 +28,22 @@ except ImportError:
         pass
 
 
-try:  # host-side TMA descriptors: Triton 3.4 and later
+with contextlib.suppress(ImportError):  # host-side TMA descriptors: Triton 3.4 and later; plan/legality.py knows
     from triton.tools.tensor_descriptor import TensorDescriptor
-
-    HAS_TMA = True
-except ImportError:
-    HAS_TMA = False
 
 
 def tensor_descriptor(t, box):
     """A TMA descriptor of tensor ``t`` that loads boxes of this shape."""
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), box)
+    strides = [stride if size > 1 else 16 for size, stride in zip(t.shape, t.stride())]  # must be aligned all the same
+    return TensorDescriptor(t, list(t.shape), [*strides[:-1], 1], box)
 
 
 # Triton reads the variable when a kernel is decorated, so it is read here at the same time.
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
+CAN_PDL: bool = HAS_PDL and not INTERPRETED
+
 
 def launch_options(pdl: bool) -> dict:
-    """The launch keyword arguments that this Triton knows."""
-    return {"launch_pdl": True} if pdl and HAS_PDL and not INTERPRETED else {}
+    """The launch keyword arguments for programmatic dependent launch."""
+    return {"launch_pdl": True} if pdl else {}

@@ -14,7 +14,7 @@ from ..plan.blocks import block_head_dim, block_head_dim_v
 from ..plan.tile import Plan
 from ..problem import Problem
 from .combine import combine_kernel
-from .compat import INTERPRETED, OutOfResources, launch_options, tensor_descriptor
+from .compat import CAN_PDL, INTERPRETED, OutOfResources, launch_options, tensor_descriptor
 from .extend import extend_kernel
 
 __all__ = ["KernelNotLoaded", "OutOfResources", "Recipe", "kernels_of", "launch", "recipe_of"]
@@ -108,7 +108,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         ragged = triton.cdiv(problem.num_tokens * rows, block_m) + problem.batch_size
         tiles = min(problem.batch_size * row_blocks, ragged) * head_blocks
     splits = plan.split_kv if packed else 1
-    pdl = plan.pdl and splits > 1
+    pdl = plan.pdl and splits > 1 and CAN_PDL
     constants = dict(
         _constants(inputs, problem),
         BLOCK_M=block_m,
@@ -123,7 +123,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         num_stages=plan.tile.num_stages,
     )
     boxes = None
-    block_dv = block_head_dim_v(problem.head_dim_v)
+    block_dv = block_head_dim_v(problem.head_dim_v, problem.head_dim_qk)
     if plan.tma:  # one tile of one head
         boxes = [plan.tile.block_n, 1, block_head_dim(problem.head_dim_qk)[0]], [plan.tile.block_n, 1, block_dv]
     extend = _kernel(extend_kernel, tiles * splits, _numbers(inputs, splits, row_blocks), constants)
@@ -204,8 +204,10 @@ def _pool(t: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
 
 @functools.cache
 def converts_e4m3(device: torch.device) -> bool:
-    """Whether Triton converts e4m3 on this device: from sm_89 on, and in the interpreter."""
-    if device.type != "cuda":
+    """Whether Triton converts e4m3 on this device: from sm_89 on; the interpreter takes NaN codes for numbers."""
+    if device.type == "cpu":
+        return False
+    if device.type == "meta":  # compiled for an architecture that may not be here
         return True
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
@@ -217,7 +219,7 @@ def _strides(t: Optional[torch.Tensor]) -> Tuple[int, int]:
 def _constants(inputs: Inputs, problem: Problem) -> dict:
     """What a compiled kernel is specialised for: dims and features, so that a feature that is off costs nothing."""
     block_d, block_pe = block_head_dim(problem.head_dim_qk)
-    block_dv = block_head_dim_v(problem.head_dim_v)
+    block_dv = block_head_dim_v(problem.head_dim_v, problem.head_dim_qk)
     return dict(
         NUM_HEADS=problem.num_q_heads,
         GROUP=problem.group,

@@ -26,6 +26,11 @@ def block_head_dim(head_dim_qk: int) -> Tuple[int, int]:
     return half, rest
 
 
-def block_head_dim_v(head_dim_v: int) -> int:
-    """BLOCK_DV: the value head dim padded to a power of two, at least 16."""
-    return max(MIN_BLOCK, next_power_of_2(head_dim_v))
+def block_head_dim_v(head_dim_v: int, head_dim_qk: int) -> int:
+    """BLOCK_DV: the value head dim padded to a power of two, at least 16.
+
+    Nor is it narrower than the key's first block up to 64: with 64 keys a tile and a value block of 16 or 32 beside a
+    wider key, Triton 3.6 compiles warpgroup products for sm_90 that give wrong values (seen at 100/20, 64/32, 128/16;
+    none with value blocks of 64 or as wide as the key's).
+    """
+    return max(MIN_BLOCK, next_power_of_2(head_dim_v), min(64, block_head_dim(head_dim_qk)[0]))

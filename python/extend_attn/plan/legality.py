@@ -57,7 +57,7 @@ def _key_bytes(problem: Problem, tile: Tile, shared_operands: bool, dtype: str, 
     """Bytes of the K and V buffers of one source of keys (the pool or the new tokens)."""
     size = ELEMENT_SIZE[problem.dtype]
     block_d, block_pe = block_head_dim(problem.head_dim_qk)
-    block_dv = 0 if v_is_k else block_head_dim_v(problem.head_dim_v)
+    block_dv = 0 if v_is_k else block_head_dim_v(problem.head_dim_v, problem.head_dim_qk)
     one_product = tile.block_n * max(block_d, block_dv) * size
     if tile.num_stages == 1:  # nothing is prefetched: K is gone when V comes
         return one_product
@@ -78,7 +78,7 @@ def _reads_shared(problem: Problem, plan: Plan, device: DeviceSpec) -> bool:
 def accumulator_registers(problem: Problem, plan: Plan, device: DeviceSpec) -> int:
     """Registers of one thread that hold the output accumulator and one tile of logits, both fp32."""
     tile = plan.tile
-    elements = tile.block_m * (block_head_dim_v(problem.head_dim_v) + tile.block_n)
+    elements = tile.block_m * (block_head_dim_v(problem.head_dim_v, problem.head_dim_qk) + tile.block_n)
     return elements // (tile.num_warps * device.warp_size)
 
 
