@@ -119,14 +119,19 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         ONE_SEQUENCE=problem.batch_size == 1,
         TMA=plan.tma,
         PDL=pdl,
-        num_warps=plan.tile.num_warps,
-        num_stages=plan.tile.num_stages,
     )
     boxes = None
     block_dv = block_head_dim_v(problem.head_dim_v, problem.head_dim_qk)
     if plan.tma:  # one tile of one head
         boxes = [plan.tile.block_n, 1, block_head_dim(problem.head_dim_qk)[0]], [plan.tile.block_n, 1, block_dv]
-    extend = _kernel(extend_kernel, tiles * splits, _numbers(inputs, splits, row_blocks), constants)
+    extend = _kernel(
+        extend_kernel,
+        tiles * splits,
+        _numbers(inputs, splits, row_blocks),
+        constants,
+        num_warps=plan.tile.num_warps,
+        num_stages=plan.tile.num_stages,
+    )
     if splits == 1:
         return Recipe(extend, None, boxes, (0, 0))
     constants = dict(
@@ -139,21 +144,23 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         ROWS=rows,
         CHUNK=max(2, min(triton.next_power_of_2(splits), 4096 // block_dv)),
         PDL=pdl,
+    )
+    combine = _kernel(
+        combine_kernel,
+        tiles * block_m,
+        (*_strides(inputs.o), splits, row_blocks),
+        constants,
         num_warps=4,
         **launch_options(pdl),
     )
-    combine = _kernel(combine_kernel, tiles * block_m, (*_strides(inputs.o), splits, row_blocks), constants)
     slots = tiles * splits * block_m
     return Recipe(extend, combine, boxes, (slots * block_dv, slots * 2))
 
 
-def _kernel(function: Any, programs: int, numbers: tuple, constants: Dict[str, Any]) -> Kernel:
-    """``constants`` must be all of the kernel's compile-time parameters, which come last, and launch options."""
-    names = function.arg_names
-    values = tuple(constants[name] for name in names if name in constants)
-    assert set(names[len(names) - len(values) :]) <= constants.keys()
-    options = {name: value for name, value in constants.items() if name not in names}
-    return Kernel(function, (programs,), numbers, constants, values, options)
+def _kernel(function: Any, programs: int, numbers: tuple, constants: Dict[str, Any], **options: Any) -> Kernel:
+    """``constants`` are the kernel's compile-time parameters, which come last, in their order."""
+    assert function.arg_names[-len(constants) :] == list(constants), function.arg_names
+    return Kernel(function, (programs,), numbers, {**constants, **options}, tuple(constants.values()), options)
 
 
 def _extend_arguments(
