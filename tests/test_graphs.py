@@ -278,17 +278,19 @@ def test_an_explicit_plan_is_never_stepped_down(trusting):
 
 
 def test_a_chosen_plan_steps_down_and_says_so_once(monkeypatch):
-    from extend_attn import Plan, Tile, attention
+    from extend_attn import Plan, Tile, attention, calls
 
     plan = Plan(family="tiled", tile=Tile(**TOO_LARGE["tile"]), source="a wrong estimate")
     monkeypatch.setattr(attention, "select", lambda *args, **kwargs: plan)
     monkeypatch.setattr(attention, "_stepped_down", {})
+    calls.forget()
     case, mode = _wide(), Mode("default", "cuda", {})
     with pytest.warns(UserWarning, match="using"):
         mode.check(case, plan=None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mode.check(case, plan=None)
+    calls.forget()
 
 
 @pytest.mark.parametrize("mode", modes("tiled", "packed_split3", reference=False, interpreted=False), indirect=True)
