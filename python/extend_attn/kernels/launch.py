@@ -101,11 +101,11 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     rows = problem.group if packed or plan.pack_gqa else 1
     block_m = plan.tile.block_m
     head_blocks = problem.num_q_heads // rows
-    row_blocks = triton.cdiv(problem.max_len_extend * rows, block_m)
+    row_blocks = -(-problem.max_len_extend * rows // block_m)
     if packed:
         tiles = problem.batch_size * row_blocks * head_blocks
     else:  # an upper bound that a host knows; the device finds out which blocks there are
-        ragged = triton.cdiv(problem.num_tokens * rows, block_m) + problem.batch_size
+        ragged = -(-problem.num_tokens * rows // block_m) + problem.batch_size
         tiles = min(problem.batch_size * row_blocks, ragged) * head_blocks
     splits = plan.split_kv if packed else 1
     pdl = plan.pdl and splits > 1 and CAN_PDL
@@ -121,9 +121,9 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         PDL=pdl,
     )
     boxes = None
-    block_dv = block_head_dim_v(problem.head_dim_v, problem.head_dim_qk)
+    block_d, block_dv = constants["BLOCK_D"], constants["BLOCK_DV"]
     if plan.tma:  # one tile of one head
-        boxes = [plan.tile.block_n, 1, block_head_dim(problem.head_dim_qk)[0]], [plan.tile.block_n, 1, block_dv]
+        boxes = [plan.tile.block_n, 1, block_d], [plan.tile.block_n, 1, block_dv]
     extend = _kernel(
         extend_kernel,
         tiles * splits,
@@ -220,7 +220,7 @@ def converts_e4m3(device: torch.device) -> bool:
 
 
 def _strides(t: Optional[torch.Tensor]) -> Tuple[int, int]:
-    return (t.stride(0), t.stride(1)) if t is not None else (0, 0)
+    return t.stride()[:2] if t is not None else (0, 0)
 
 
 def _constants(inputs: Inputs, problem: Problem) -> dict:
