@@ -39,7 +39,8 @@ class Captured:
     """A graph of one call over tensors that are large enough for any case of the same batch size."""
 
     def __init__(self, case: Case, plan, room: int = 4, **kwargs):
-        self.static = {n: t.repeat(room, *[1] * (t.dim() - 1)) if self._grows(n) else t for n, t in _tensors(case)}
+        grown = {n: t.repeat(room, *[1] * (t.dim() - 1)) for n, t in _tensors(case) if self._grows(n)}
+        self.static = {**{n: t.clone() for n, t in _tensors(case)}, **grown}
         self.out, _ = case.out()
         self.out = self.out.repeat(room, 1, 1)
         call = {**case.kwargs, **self.static, "o" if case.spec.unified else "o_extend": self.out, **kwargs}

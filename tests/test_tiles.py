@@ -17,6 +17,6 @@ def test_named_tiles(mode, dims, tile):
     case = mode.case(dim=dims[0], dim_v=dims[1], lengths=[(4, 1000), (130, 200)], heads=(4, 2))
     names = ("block_m", "block_n", "num_warps", "num_stages")
     mode.check(case, plan={**mode.plan, "tile": dict(zip(names, tile)), "tma": False})
-    if not mode.packed:
+    if mode.plan["family"] == "tiled":
         aligned = mode.case(dim=dims[0], dim_v=dims[1], lengths=[(300, 50), (130, 200)], heads=(4, 2), layout="plain")
         mode.check(aligned, plan={**mode.plan, "tile": dict(zip(names, tile)), "tma": True})

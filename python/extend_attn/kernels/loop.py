@@ -148,5 +148,8 @@ def attend(
             v = dequantise(v, q.dtype)
         if MASK:  # 0 * NaN is NaN: a value that no row of the tile sees may hold anything
             v = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], v, 0.0).to(q.dtype)
-        acc = tl.dot(p.to(q.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        if PRECISE:  # a sum a tile, then over tiles: over thousands of keys one running sum loses a digit
+            acc = acc * alpha[:, None] + tl.dot(p, v, input_precision="ieee")
+        else:
+            acc = tl.dot(p.to(q.dtype), v, acc * alpha[:, None])
     return acc, m_i, l_i

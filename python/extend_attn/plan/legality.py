@@ -44,7 +44,9 @@ def shared_memory_bytes(problem: Problem, plan: Plan, device: DeviceSpec) -> int
     if tile.block_m == tile.block_n == BLOCK_MIN and tile.num_stages == 1:
         return query + keys  # nothing smaller to step down to: given the benefit of the doubt
     elements = tile.block_m * tile.block_n
-    weights = 0 if shared_operands or tile.block_m >= ROWS_OF_WEIGHTS_IN_REGISTERS else elements * size
+    plain = problem.kv_dtype == problem.dtype and not problem.custom_mask  # else even a tall tile's weights move
+    in_registers = tile.block_m >= ROWS_OF_WEIGHTS_IN_REGISTERS and plain
+    weights = 0 if shared_operands or in_registers else elements * size
     masks = (tile.num_stages - 1) * 4 * tile.block_n * problem.q_positions
     if problem.custom_mask and not shared_operands:
         masks += (tile.num_stages - 1) * elements
