@@ -8,7 +8,7 @@ import pytest
 import torch
 from bars import assert_right, ulp
 from cases import ONE_SHAPES, make_case, rebuild
-from modes import KERNELS, modes
+from modes import modes
 from test_extend import FEATURES, fitted
 
 import extend_attn
@@ -16,16 +16,20 @@ import extend_attn
 FEW = [(2, 33), (17, 5), (0, 7)]
 
 
-@pytest.mark.parametrize("mode", modes(*KERNELS), indirect=True)
+@pytest.mark.parametrize(
+    "mode",
+    modes("tiled_gqa", "packed_split3") + modes("tiled", "packed", reference=False, interpreted=False),
+    indirect=True,
+)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_rule(mode, feature):
     mode.check(mode.case(unified=True, **fitted(mode, FEATURES[feature])))
 
 
-@pytest.mark.parametrize("mode", modes("tiled", "packed"), indirect=True)
+@pytest.mark.parametrize("mode", modes("tiled_gqa", "packed"), indirect=True)
 @pytest.mark.parametrize("lengths", ONE_SHAPES, ids=str)
 def test_one_sequence(mode, lengths):
-    mode.check(mode.case(unified=True, lengths=[lengths]))
+    mode.check(mode.case(unified=True, lengths=[lengths], heads=(2, 1)))
 
 
 @pytest.mark.parametrize("kind", ["tree", "random", "future", "nothing"])
@@ -46,7 +50,7 @@ def test_head_dims(mode, dims):
     mode.check(mode.case(unified=True, dim=dims[0], dim_v=dims[1], lengths=[(3, 30)], heads=(3, 1)))
 
 
-@pytest.mark.parametrize("mode", modes("tiled", "packed"), indirect=True)
+@pytest.mark.parametrize("mode", modes("tiled_gqa", "packed"), indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_types(mode, dtype):
     mode.check(mode.case(unified=True, dtype=dtype, lengths=FEW))
@@ -77,11 +81,11 @@ EQUAL = {
 }
 
 
-@pytest.mark.parametrize("mode", modes("tiled", "packed"), indirect=True)
+@pytest.mark.parametrize("mode", modes("tiled_gqa", "packed"), indirect=True)
 @pytest.mark.parametrize("kind", EQUAL)
 def test_equals_two_stage(mode, kind):
     """Where the pool's rows for the new tokens, dequantised, are ``k_extend`` and ``v_extend``."""
-    two = mode.case(extend_from_pool=True, mask_prefix=True, lengths=[(9, 40), (3, 0), (18, 25)], **EQUAL[kind])
+    two = mode.case(extend_from_pool=True, mask_prefix=True, lengths=[(5, 40), (3, 0), (9, 25)], **EQUAL[kind])
     one = rebuild(two, unified=True)
     used = two.expected.used
     torch.testing.assert_close(one.expected.out[used], two.expected.out[used], atol=1e-12, rtol=0)
