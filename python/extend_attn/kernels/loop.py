@@ -148,8 +148,11 @@ def attend(
             v = dequantise(v, q.dtype)
         if MASK:  # 0 * NaN is NaN: a value that no row of the tile sees may hold anything
             v = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], v, 0.0).to(q.dtype)
-        if PRECISE:  # a sum a tile, then over tiles: over thousands of keys one running sum loses a digit
-            acc = acc * alpha[:, None] + tl.dot(p, v, input_precision="ieee")
+        if PRECISE:
+            # A sum for the tile, then over tiles: one running sum over thousands of keys loses a digit. The condition
+            # always holds; without it the compiler would fold the addition back into the product's accumulator.
+            part = tl.dot(p, v, input_precision="ieee")
+            acc = acc * alpha[:, None] + tl.where(alpha[:, None] != -1.0, part, 0.0)
         else:
             acc = tl.dot(p.to(q.dtype), v, acc * alpha[:, None])
     return acc, m_i, l_i
