@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,10 @@ from extend_attn.bench.tuned import merge, winners
 from extend_attn.plan import DeviceSpec, select
 from extend_attn.plan.candidates import sweep12
 from extend_attn.problem import Problem
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMITTED = sorted((ROOT / "bench" / "results").glob("*.json"))
+COLUMNS = ("extend_attn", "sglang-tuned", "fa3", "flashinfer-fa2", "sdpa-cudnn")
 
 PLAN = {
     "family": "tiled",
@@ -165,3 +171,25 @@ def test_the_fastest_plan_of_each_problem_makes_a_table(data, tmp_path):
     assert chosen.tile.to_json() == fast["tile"] and chosen.source == "table:table.json#0"
     with pytest.raises(ValueError, match="sm_80"):
         merge(path, "sm_80", rows)
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_results_can_be_read(path):
+    assert results.load(str(path))["results"]
+
+
+def test_the_readme_shows_the_committed_run():
+    text = (ROOT / "README.md").read_text()
+    (name,) = set(re.findall(r"bench/results/(\S+-table)\.json", text))
+    measured = results.load(str(ROOT / "bench" / "results" / f"{name}.json"))["results"]
+    us = {(result["row"], result["provider"]): result["us_graph"] for result in measured}
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
+    lines = [[cell.strip(" *") for cell in cells] for cells in rows]
+    shown = {cells[0]: cells for cells in lines if (cells[0], "extend_attn") in us}
+    assert set(shown) == {row for row, _ in us}
+    for row, cells in shown.items():
+        for provider, cell in zip(COLUMNS, cells[3:]):
+            value = us.get((row, provider))
+            wanted = "" if value is None else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+            assert cell == wanted, (row, provider)
+        assert float(cells[-1]) == round(us[row, "extend_attn"] / us[row, "sglang-tuned"], 2), row

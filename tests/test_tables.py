@@ -88,9 +88,19 @@ def test_the_nearest_sizes_win(tmp_path):
         row(3),
         row(4, problem=replace(VERIFY, batch_size=64)),
     )
-    for batch, expected in ((8, 2), (16, 2), (32, 3), (25, 3), (64, 4), (128, 4)):
+    for batch, expected in ((16, 2), (32, 3), (25, 3), (64, 4)):
         problem = replace(VERIFY, batch_size=batch, num_kv_indices=batch * 8000)
         assert select(problem, H200, table=path).split_kv == expected, batch
+    for batch in (8, 128):  # splits that fill the GPU for one batch size do not for another
+        problem = replace(VERIFY, batch_size=batch, num_kv_indices=batch * 8000)
+        assert select(problem, H200, table=path).source == DEFAULT, batch
+
+
+def test_a_row_without_splits_speaks_for_larger_batches(tmp_path):
+    path = write(tmp_path / "t.json", row(1))
+    for batch, source in ((16, DEFAULT), (32, "table:t.json#0"), (64, "table:t.json#0"), (128, DEFAULT)):
+        problem = replace(VERIFY, batch_size=batch, num_kv_indices=batch * 8000)
+        assert select(problem, H200, table=path).source == source, batch
 
 
 @pytest.mark.parametrize(
@@ -199,7 +209,8 @@ def test_what_the_users_table_does_not_cover_goes_on_to_the_packaged_one(tmp_pat
 
 def test_a_row_of_the_users_table_beats_a_nearer_one_of_the_package(tmp_path):
     write(tables.PACKAGED / "sm_90.json", row(2))
-    mine = write(tmp_path / "mine.json", row(3, problem=replace(VERIFY, batch_size=64), device="NVIDIA H800"))
+    far = replace(VERIFY, num_kv_indices=32 * 4000)
+    mine = write(tmp_path / "mine.json", row(3, problem=far, device="NVIDIA H800"))
     assert select(VERIFY, H200, table=mine).split_kv == 3
 
 

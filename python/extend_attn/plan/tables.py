@@ -98,7 +98,7 @@ class Table:
         ranked: List[Tuple[Tuple[int, int, bool, int], Row]] = []
         for number, row in enumerate(self.rows):
             closeness = self._device_rank(row, device)
-            distance = _distance(row.problem.bucketed(), problem)
+            distance = _distance(row.problem.bucketed(), problem, row.plan)
             if closeness is not None and distance is not None:
                 other_triton = not same_minor_version(row.triton, device.triton)
                 ranked.append(((closeness, distance, other_triton, number), row))
@@ -120,14 +120,16 @@ def same_minor_version(a: str, b: str) -> bool:
     return a.split(".")[:2] == b.split(".")[:2]
 
 
-def _distance(row: Problem, problem: Problem) -> Optional[int]:
-    """How far a measured problem is from ``problem``, None where it says nothing about it."""
+def _distance(row: Problem, problem: Problem, plan: Plan) -> Optional[int]:
+    """How far a measured problem is from ``problem``, None where it, with its plan, says nothing about it."""
     if row.tuning_key() != problem.tuning_key():
         return None
     (pairs, extend, prefix), (pairs2, extend2, prefix2) = row.tuning_sizes(), problem.tuning_sizes()
     batch = _octaves(pairs, pairs2)
     new = _octaves(extend, extend2)
     old = _octaves(min(prefix, PREFIX_IS_LONG), min(prefix2, PREFIX_IS_LONG))
+    if plan.family == "packed" and batch and (plan.split_kv > 1 or pairs2 < pairs):
+        return None  # splits fill the GPU for one number of programs, and none do for this many or more
     if batch > OCTAVES_OF_BATCH or old > OCTAVES_OF_PREFIX:
         return None
     if min(extend, extend2) <= PACKED_MAX_LEN_EXTEND:
