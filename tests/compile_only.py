@@ -18,10 +18,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from extend_attn.inputs import Inputs
 from extend_attn.kernels.launch import kernels_of
 from extend_attn.plan.tile import Plan
 from extend_attn.problem import Problem
+from extend_attn.warming import stand_ins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,58 +68,12 @@ def architecture(arch: int) -> Iterator[None]:
             config.set_active(before)
 
 
-def meta_inputs(problem: Problem) -> Inputs:
-    """Inputs of this problem's shapes and types, without memory."""
-
-    def empty(*shape: int, dtype: str) -> torch.Tensor:
-        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-
-    def value(k: Optional[torch.Tensor], aliases: bool, dtype: str) -> Optional[torch.Tensor]:
-        if k is None or aliases:
-            return None if k is None else k[..., :dim_v]
-        return empty(k.shape[0], heads, dim_v, dtype=dtype)
-
-    p = problem
-    heads, dim, dim_v, batch = p.num_kv_heads, p.head_dim_qk, p.head_dim_v, p.batch_size
-    pool = p.num_kv_indices > 0 or p.unified
-    k_pool = empty(4096, heads, dim, dtype=p.kv_dtype) if pool else None
-    k_new = None if p.unified else empty(p.num_tokens, heads, dim, dtype=p.dtype)
-    return Inputs(
-        q=empty(p.num_tokens, p.num_q_heads, dim, dtype=p.dtype),
-        k_new=k_new,
-        v_new=value(k_new, p.v_aliases_k_new, p.dtype),
-        o=empty(p.num_tokens, p.num_q_heads, dim_v, dtype=p.out_dtype),
-        k_pool=k_pool,
-        v_pool=value(k_pool, p.v_aliases_k_pool, p.kv_dtype),
-        qo_indptr=empty(batch + 1, dtype="int32"),
-        kv_indptr=empty(batch + 1, dtype="int32"),
-        kv_indices=empty(p.num_kv_indices, dtype=p.index_dtype),
-        prefix_lens=empty(batch, dtype="int32") if p.unified else None,
-        custom_mask=empty(1, dtype="uint8") if p.custom_mask else None,
-        mask_indptr=empty(batch + 1, dtype="int64") if p.custom_mask else None,
-        sinks=empty(p.num_q_heads, dtype="float32") if p.sinks else None,
-        window_offsets=empty(batch, dtype="int32") if p.window_offsets else None,
-        q_positions=empty(p.num_tokens, dtype="int32") if p.q_positions else None,
-        lse=empty(p.num_tokens, p.num_q_heads, dtype="float32") if p.return_lse else None,
-        batch_size=batch,
-        max_len_extend=p.max_len_extend,
-        max_len_prefix=p.max_len_prefix,
-        sm_scale=dim**-0.5,
-        k_scale=1.0,
-        v_scale=1.0,
-        logit_cap=p.logit_cap,
-        xai_temperature_len=p.xai_temperature_len,
-        sliding_window=p.sliding_window,
-        is_causal=p.is_causal,
-        mask_prefix=p.mask_prefix,
-    )
-
-
 def compile_plan(problem: Problem, plan: Plan, arch: int, *, resources: bool = False) -> List[Compiled]:
     """Compiles what ``plan`` launches for sm_``arch``; ``resources`` adds registers and spills (sm_80 to sm_90)."""
     found = []
     with architecture(arch):
-        for kernel, grid, arguments, constants in kernels_of(plan, meta_inputs(problem), problem):
+        inputs = stand_ins(problem, torch.device("meta"))[0]
+        for kernel, grid, arguments, constants in kernels_of(plan, inputs, problem):
             compiled = kernel.warmup(*arguments, grid=grid, **constants)
             ptx = compiled.asm["ptx"]
             registers, spills = _resources(ptx, arch) if resources else (None, None)

@@ -61,7 +61,7 @@ def warmup(
         if (problem.key(), chosen) in done:
             continue
         done.add((problem.key(), chosen))
-        for inputs in _stand_ins(problem, target):
+        for inputs in stand_ins(problem, target):
             small = dataclasses.replace(problem, **_sizes(inputs))
             launched = run_plan(chosen, inputs, small, explicit=plan is not None, key=problem.key())
             for kernel, _, _, constants in launched:
@@ -86,7 +86,7 @@ def _types(inputs: Inputs) -> List[Optional[str]]:
     return [str(value.dtype) if isinstance(value, torch.Tensor) else None for value in inputs]
 
 
-def _stand_ins(problem: Problem, device: torch.device) -> List[Inputs]:
+def stand_ins(problem: Problem, device: torch.device) -> List[Inputs]:
     """Small inputs that select the same compiled kernels as the problem: one for each way pool values may be scaled."""
     p = problem
     batch = min(p.batch_size, 2)
