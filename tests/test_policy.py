@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from extend_attn.__main__ import main
 from extend_attn.comm import policy
 from extend_attn.comm.policy import ALGOS, LINKS, MODES, OWN, WORLD_SIZES, Policy
+from extend_attn.comm.sizes import format_bytes, parse_bytes
 from extend_attn.plan import tables
 
 HERE = dict(world_size=2, arch="sm_90", link="nvlink")
@@ -246,3 +248,53 @@ def test_no_torch():
     code = "import sys, extend_attn.comm.policy as p; p.Policy.load(); sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(policy.__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment)
+
+
+# -- explain
+
+
+@pytest.mark.parametrize(
+    "text, nbytes", (("4096", 4096), ("64KiB", 65536), ("1 mib", 1 << 20), ("2GiB", 2 << 30), ("0B", 0))
+)
+def test_bytes_as_text(text, nbytes):
+    assert parse_bytes(text) == nbytes == parse_bytes(format_bytes(nbytes))
+
+
+@pytest.mark.parametrize("text", ("", "KiB", "1.5MiB", "64 KB", "-4096"))
+def test_bytes_that_are_none(text):
+    with pytest.raises(ValueError, match="^bytes: got "):
+        parse_bytes(text)
+
+
+def test_explain_shows_all_sizes_of_both_modes(tmp_path, capsys):
+    path = write(tmp_path / "t.json", row((4096, "one_shot_push"), (1 << 20, "two_shot_pull"), (None, "nccl")))
+    assert main(["explain", "all-reduce", "--world-size", "2", "--table", path]) == 0
+    shown = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line.startswith(("eager", "graph"))]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in shown]
+    assert cells[-3:] == [
+        ["graph", "up to 4 KiB", "one_shot_push", "table:t.json#0"],
+        ["graph", "up to 1 MiB", "two_shot_pull", "table:t.json#0"],
+        ["graph", "above 1 MiB", "nccl", "table:t.json#0"],
+    ]
+    assert {line[0] for line in cells[:-3]} == {"eager"} and {line[-1] for line in cells[:-3]} == {"heuristic"}
+
+
+def test_explain_one_size_as_json(capsys):
+    words = ["--world-size", "4", "--bytes", "1MiB", "--link", "nvlink", "--arch", "sm_90", "--mode", "graph", "--json"]
+    assert main(["explain", "all-reduce", *words]) == 0
+    expected = [{"mode": "graph", "bytes": 1 << 20, "algo": "two_shot_pull", "source": "heuristic"}]
+    assert json.loads(capsys.readouterr().out) == expected
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    (
+        (["--world-size", "9"], "world_size: got 9"),
+        (["--world-size", "2", "--bytes", "much"], "bytes: got 'much'"),
+        (["--world-size", "2", "--table", "/nowhere.json"], "cannot read /nowhere.json"),
+    ),
+)
+def test_explain_wrong_usage(words, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["explain", "all-reduce", *words])
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
