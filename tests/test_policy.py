@@ -115,8 +115,6 @@ def test_push_limit_is_the_larger_of_both_modes(tmp_path):
     assert Policy.load(write(tmp_path / "a.json", graph, eager)).push_limit(2, "sm_90", "nvlink") == 8192
     without = [row((None, "nccl"), mode=mode) for mode in MODES]
     assert Policy.load(write(tmp_path / "b.json", *without)).push_limit(2, "sm_90", "nvlink") == 0
-    endless = row((None, "one_shot_push"))
-    assert Policy.load(write(tmp_path / "c.json", endless)).push_limit(2, "sm_90", "nvlink") == policy.MOST_PUSHED
 
 
 # -- the heuristic
@@ -208,6 +206,7 @@ PUSH = {"max_bytes": 64, "algo": "one_shot_push"}
         ({"thresholds": [NCCL_LAST, NCCL_LAST]}, r"thresholds\[0\].max_bytes: got None; null belongs in the last"),
         ({"thresholds": [PUSH, PUSH, NCCL_LAST]}, r"thresholds\[1\].max_bytes: got 64; expected an integer above 64"),
         ({"thresholds": [{**PUSH, "max_bytes": 0}, NCCL_LAST]}, r"thresholds\[0\].max_bytes: got 0"),
+        ({"thresholds": [{**PUSH, "max_bytes": None}]}, r"thresholds\[0\]: one_shot_push needs a max_bytes"),
         ({"thresholds": [{**PUSH, "max_bytes": True}, NCCL_LAST]}, r"thresholds\[0\].max_bytes: got True"),
         ({"thresholds": [{**PUSH, "algo": "ring"}, NCCL_LAST]}, r"thresholds\[0\].algo: got 'ring'; expected one of"),
         ({"link": "virtual"}, r"thresholds\[1\].algo: got 'nccl'; .*\(link virtual\)"),

@@ -7,7 +7,8 @@ A table is one file::
         "torch": "2.11.0", "nccl": "2.28.9", "date": "2026-11-25", "command": "...",
         "thresholds": [{"max_bytes": 524288, "algo": "one_shot_push"}, {"max_bytes": null, "algo": "nccl"}]}]}
 
-Each threshold speaks for sizes above the one before it and up to its ``max_bytes``, the last (null) for all larger.
+Each threshold speaks for sizes above the one before it and up to its ``max_bytes``, the last (null) for all larger;
+a push always has a limit, since its buffers are made for it.
 A row answers calls of its architecture, link, world size and mode, and no others. The user's table (the argument, else
 the file that ``EXTEND_ATTN_ALL_REDUCE_TABLE`` names, else ``all_reduce.json`` in the user's config folder) comes before
 the packaged ``tables/all_reduce.json``, and that before the heuristic below. ``python -m extend_attn bench all-reduce
@@ -120,6 +121,8 @@ def _thresholds(items: List[Any], link: str) -> Tuple[Threshold, ...]:
         last = number == len(items) - 1
         if last != (limit is None):
             raise ValueError(f"{where}.max_bytes: got {limit!r}; null belongs in the last threshold and only there")
+        if limit is None and algo == "one_shot_push":
+            raise ValueError(f"{where}: one_shot_push needs a max_bytes: its buffers are made for it")
         before = found[-1].max_bytes if found else 0
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit <= (before or 0)):
             raise ValueError(f"{where}.max_bytes: got {limit!r}; expected an integer above {before}")
@@ -187,7 +190,7 @@ class Policy:
         for mode in MODES:
             for one in self.thresholds(world_size=world_size, arch=arch, link=link, mode=mode)[0]:
                 if one.algo == "one_shot_push":
-                    limit = max(limit, MOST_PUSHED if one.max_bytes is None else one.max_bytes)
+                    limit = max(limit, one.max_bytes or 0)
         return limit
 
 
@@ -196,7 +199,6 @@ class Policy:
 # calls push for longer. Published curves of two H100 (AIConfigurator's data set: graph replay, bf16; 5.9 us at 1 MiB
 # against 14.7 of NCCL, 29.4 against 47.3 at 8 MiB) have a custom kernel ahead of NCCL up to 8 MiB.
 MOST_CUSTOM = 8 * MIB
-MOST_PUSHED = 8 * MIB  # what a table's push without a limit may claim of memory, 2 x world times
 PUSH_PAIR = {"graph": 1 * MIB, "eager": 2 * MIB}
 # World size -> where two shots overtake one: one shot moves (n - 1) times the data, two shots 2 (n - 1) / n times it.
 # The values are those of vLLM's custom all-reduce for NVLink, in use since 2024.
