@@ -1,7 +1,7 @@
 """Compiling csrc/ on the user's machine: ``load_comm_module``. Imports no torch.
 
-A call is: which build is needed (``spec``, ``devices``), with which compilers (``toolchain``), is it there already (``cache``),
-else make it (``build``), load it (``modules``).
+A call is: which build is needed (``spec``, ``devices``), with which compilers (``toolchain``), is it there already
+(``cache``), else make it (``build``), load it (``modules``).
 """
 
 from .errors import BuildError, JitError, ToolchainError

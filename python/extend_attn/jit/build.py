@@ -42,8 +42,8 @@ class Build:
         return source_hash(self.csrc)
 
     def key(self) -> str:
-        """A hash over sources and headers, flags, compilers and the libraries that come with them, architectures, Python's
-        ABI, pybind11, and the environment variables that compilers read."""
+        """A hash over sources and headers, flags, compilers and the libraries that come with them, architectures,
+        Python's ABI, pybind11, and the environment variables that compilers read."""
         host, nvcc = self.toolchain.host, self.toolchain.nvcc
         parts = {
             "format": FORMAT,
@@ -97,7 +97,9 @@ class Build:
         """Compiles into ``folder``; returns the facts for build.json. BuildError holds what the compilers said."""
         self.toolchain.nvcc.check_archs(self.spec.archs)
         (folder / "build.ninja").write_text(self.ninja_file(), encoding="utf-8")
-        log.info("compiling csrc/ for %s, world sizes %s, %s", self.spec.arch_text, self.spec.world_sizes, self.spec.dtypes)
+        log.info(
+            "compiling csrc/ for %s, world sizes %s, %s", self.spec.arch_text, self.spec.world_sizes, self.spec.dtypes
+        )
         started = time.monotonic()
         code, output = _run_to_end([tools.find_ninja(), "-C", str(folder)], folder)
         if code:

@@ -1,9 +1,10 @@
 """The folder where compiled modules and what is known of compilers are kept. Everything in it appears by a rename.
 
-    modules/<key>/         a finished build: the module and build.json. Never changed once it is there
-    modules/.<key>.<x>/    a build under way, or what a killed one left: removed by the next build of that key
-    locks/<key>.lock       held by the process that builds <key>; the kernel lets go of it when that process ends, however it ends
-    probes/<hash>.json     facts about a compiler, valid while the files listed in it keep size and time
+modules/<key>/         a finished build: the module and build.json. Never changed once it is there
+modules/.<key>.<x>/    a build under way, or what a killed one left: removed by the next build of that key
+locks/<key>.lock       held by the process that builds <key>; the kernel lets go of it when that process ends, however
+                       it ends
+probes/<hash>.json     facts about a compiler, valid while the files listed in it keep size and time
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def preferred_root() -> Path:
 
 
 def fallback_root() -> Path:
-    """Where modules go if the preferred folder cannot be written: a folder of this user alone, since what is in it is executed."""
+    """Where modules go if the preferred folder cannot be written: a folder of this user alone, since what is in it is
+    executed."""
     return Path(tempfile.gettempdir()) / f"extend_attn-{os.getuid()}"
 
 
@@ -55,7 +57,8 @@ def _is_private(folder: Path) -> bool:
 
 
 def writable_root() -> Path:
-    """The preferred folder, made if need be; else the fallback, with one warning. JitError if neither can be written."""
+    """The preferred folder, made if need be; else the fallback, with one warning. JitError if neither can be
+    written."""
     global _warned
     preferred = preferred_root()
     reason = _why_not_writable(preferred)
@@ -64,7 +67,9 @@ def writable_root() -> Path:
     fallback = fallback_root()
     with contextlib.suppress(OSError):
         os.mkdir(fallback, 0o700)
-    problem = _why_not_writable(fallback) if _is_private(fallback) else "it belongs to someone else or others may write to it"
+    problem = (
+        _why_not_writable(fallback) if _is_private(fallback) else "it belongs to someone else or others may write to it"
+    )
     if problem:
         raise JitError(
             f"no folder for compiled modules: {preferred} ({reason}), {fallback} ({problem}); "
@@ -73,7 +78,8 @@ def writable_root() -> Path:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"{preferred} cannot be written ({reason}): compiled modules go to {fallback}; set {VARIABLE} to keep them elsewhere",
+            f"{preferred} cannot be written ({reason}): compiled modules go to {fallback}; "
+            f"set {VARIABLE} to keep them elsewhere",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -81,7 +87,8 @@ def writable_root() -> Path:
 
 
 def _why_not_writable(folder: Path) -> str:
-    """Empty if files can be made in ``folder``, else why not. Tried, since permission bits do not tell of read-only mounts."""
+    """Empty if files can be made in ``folder``, else why not. Tried, since permission bits do not tell of read-only
+    mounts."""
     try:
         for part in ("modules", "locks", "probes"):
             os.makedirs(folder / part, exist_ok=True)
@@ -95,14 +102,16 @@ def _why_not_writable(folder: Path) -> str:
 
 @contextlib.contextmanager
 def locked(root: Path, key: str, seconds: float = LOCK_SECONDS) -> Iterator[None]:
-    """Only one process at a time is inside with the same ``key``. On a file system without locks several may be: what they
-    build still appears by one rename, so that costs work and nothing else. JitError after ``seconds``."""
+    """Only one process at a time is inside with the same ``key``. On a file system without locks several may be: what
+    they build still appears by one rename, so that costs work and nothing else. JitError after ``seconds``."""
     filelock = require("filelock")
     lock = filelock.FileLock(str(root / "locks" / f"{key}.lock"))
     try:
         lock.acquire(timeout=seconds)
     except filelock.Timeout:
-        raise JitError(f"another process has held {lock.lock_file} for {seconds:.0f} s: end it if it is stuck") from None
+        raise JitError(
+            f"another process has held {lock.lock_file} for {seconds:.0f} s: end it if it is stuck"
+        ) from None
     except NotImplementedError:
         pass
     try:
@@ -139,7 +148,9 @@ def publish(root: Path, key: str, module: str, make: Callable[[Path], Dict[str, 
             _sync(made / module)
             if folder.exists():  # broken, or find() would have had it
                 os.rename(folder, made / "broken")
-            with contextlib.suppress(OSError):  # another machine that shares the file system, without its locks, was faster
+            with contextlib.suppress(
+                OSError
+            ):  # another machine that shares the file system, without its locks, was faster
                 os.rename(made, folder)
             shutil.rmtree(folder / "broken", ignore_errors=True)
         finally:
@@ -185,8 +196,11 @@ def fingerprint(path: str) -> List[Any]:
     return [path, facts.st_size, facts.st_mtime_ns]
 
 
-def remembered(key: str, ask: Callable[[], Dict[str, Any]], files: Callable[[Dict[str, Any]], Iterable[str]]) -> Dict[str, Any]:
-    """What ``ask()`` answered once about the tools that ``key`` names, asked again only when one of ``files(answer)`` changed."""
+def remembered(
+    key: str, ask: Callable[[], Dict[str, Any]], files: Callable[[Dict[str, Any]], Iterable[str]]
+) -> Dict[str, Any]:
+    """What ``ask()`` answered once about the tools that ``key`` names, asked again only when one of ``files(answer)``
+    changed."""
     name = f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     for root in roots():
         record = read_json(root / "probes" / name)

@@ -44,21 +44,20 @@ def _from_nvidia_smi() -> List[Tuple[int, int]]:
     """A container may have the tool and not the library."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=NVIDIA_SMI_SECONDS
-        )  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS)
         return [tuple(map(int, line.split("."))) for line in done.stdout.split()] if done.returncode == 0 else []
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return []
 
 
 def gpu_archs() -> Tuple[str, ...]:
-    """The different compute capabilities of the GPUs that this process sees, such as ("9.0",). ToolchainError if there are none."""
+    """The different compute capabilities of the GPUs that this process sees, such as ("9.0",). ToolchainError if there
+    are none."""
     found = sorted(set(_from_driver() or _from_nvidia_smi()))
     if not found:
         raise ToolchainError(
-            "archs: no GPU to compile for (asked the driver libcuda.so.1, then nvidia-smi): name the compute capabilities, "
-            "archs=('9.0',) or EXTEND_ATTN_ARCHS=9.0"
+            "archs: no GPU to compile for (asked the driver libcuda.so.1, then nvidia-smi): name the compute "
+            "capabilities, archs=('9.0',) or EXTEND_ATTN_ARCHS=9.0"
         )
     return tuple(f"{major}.{minor}" for major, minor in found)
 

@@ -19,7 +19,8 @@ class BuildError(JitError):
 
 
 def require(name: str) -> ModuleType:
-    """A package of the extra ``[jit]``, imported when it is needed: looking a module up in the cache needs only some of them."""
+    """A package of the extra ``[jit]``, imported when it is needed: looking a module up in the cache needs only some of
+    them."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:

@@ -32,9 +32,10 @@ def load_comm_module(
 ) -> ModuleType:
     """The pybind11 module ``extend_attn._comm`` with kernels for what is asked for.
 
-    ``archs``: compute capabilities such as ``("9.0",)``; None: EXTEND_ATTN_ARCHS, else those of the GPUs that this process sees.
-    ``world_sizes``: of 2 to 8. ``dtypes``: of "float16", "bfloat16", "float32". ``nvcc``, ``cxx``: programs, see toolchain.py.
-    ValueError names a bad argument; JitError (ToolchainError, BuildError) says what was tried and what to install.
+    ``archs``: compute capabilities such as ``("9.0",)``; None: EXTEND_ATTN_ARCHS, else those of the GPUs that this
+    process sees. ``world_sizes``: of 2 to 8. ``dtypes``: of "float16", "bfloat16", "float32". ``nvcc``, ``cxx``:
+    programs, see toolchain.py. ValueError names a bad argument; JitError (ToolchainError, BuildError) says what was
+    tried and what to install.
     """
     spec = make_spec(archs, world_sizes, dtypes)
     with _one_at_a_time:
@@ -62,14 +63,16 @@ def build_module(spec: Spec, *, nvcc: Optional[str] = None, cxx: Optional[str] =
 
 
 def installed_module(spec: Spec) -> Optional[ModuleType]:
-    """The module that was compiled ahead (EXTEND_ATTN_AOT=1 pip install), if it holds all of ``spec`` and was made from these
-    sources; else None."""
+    """The module that was compiled ahead (EXTEND_ATTN_AOT=1 pip install), if it holds all of ``spec`` and was made from
+    these sources; else None."""
     if importlib.util.find_spec(NAME) is None:
         return None
     try:
         module = importlib.import_module(NAME)
     except ImportError as error:
-        warnings.warn(f"{NAME} is installed and cannot be loaded ({error}); compiling instead", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"{NAME} is installed and cannot be loaded ({error}); compiling instead", RuntimeWarning, stacklevel=3
+        )
         return None
     return module if serves(module.build_info(), spec, source_hash(csrc_folder())) else None
 
@@ -94,8 +97,9 @@ def _load(path: Path) -> ModuleType:
         loader.exec_module(module)
     except ImportError as error:
         raise JitError(
-            f"{path} was compiled and cannot be loaded: {error}. If a library's version is the reason, the compiler is newer than "
-            "the libstdc++ that this Python runs with: set CXX to the older compiler, or LD_LIBRARY_PATH to the newer library"
+            f"{path} was compiled and cannot be loaded: {error}. If a library's version is the reason, the compiler is "
+            "newer than the libstdc++ that this Python runs with: set CXX to the older compiler, or LD_LIBRARY_PATH to "
+            "the newer library"
         ) from error
     return module
 

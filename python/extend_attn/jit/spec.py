@@ -2,13 +2,14 @@
 
 The convention between csrc/ and this package:
 
-- One pybind11 module, ``_comm`` (imported as ``extend_attn._comm``). Every ``csrc/bindings/*.cpp`` and ``csrc/comm/*.cpp`` is
-  compiled by the host compiler, every ``csrc/kernels/*.cu`` and ``csrc/comm/*.cu`` by nvcc; each file is one object, all in parallel.
-  The include folder is ``csrc/``.
-- A ``.cu`` whose stem ends with ``_fp16``, ``_bf16`` or ``_fp32`` is compiled only if that type is asked for (which is how one build
-  spreads over cores). Other files are always compiled.
-- ``-DEXTEND_ATTN_WORLD_SIZE_BITS`` (bit n: world size n) and ``-DEXTEND_ATTN_DTYPE_BITS`` (bit 0 float16, 1 bfloat16, 2 float32)
-  say what to instantiate; ``csrc/portability/selection.h`` reads them (``has_world_size(n)``, ``has_dtype(DType::kBFloat16)``).
+- One pybind11 module, ``_comm`` (imported as ``extend_attn._comm``). Every ``csrc/bindings/*.cpp`` and
+  ``csrc/comm/*.cpp`` is compiled by the host compiler, every ``csrc/kernels/*.cu`` and ``csrc/comm/*.cu`` by nvcc; each
+  file is one object, all in parallel. The include folder is ``csrc/``.
+- A ``.cu`` whose stem ends with ``_fp16``, ``_bf16`` or ``_fp32`` is compiled only if that type is asked for (which is
+  how one build spreads over cores). Other files are always compiled.
+- ``-DEXTEND_ATTN_WORLD_SIZE_BITS`` (bit n: world size n) and ``-DEXTEND_ATTN_DTYPE_BITS`` (bit 0 float16, 1 bfloat16, 2
+  float32) say what to instantiate; ``csrc/portability/selection.h`` reads them (``has_world_size(n)``,
+  ``has_dtype(DType::kBFloat16)``).
 - Two builds may be loaded into one process: a bound class is ``py::module_local()``, an exception is registered with
   ``py::register_local_exception``.
 - C++17. No ``std::bit_cast`` or other C++20 library (Debian 11 has gcc 10.2).
@@ -28,7 +29,8 @@ MODULE = "_comm"
 WORLD_SIZES = (2, 3, 4, 5, 6, 7, 8)
 # Type -> how the stem of a .cu that serves it ends. The position is the bit of EXTEND_ATTN_DTYPE_BITS.
 DTYPES = {"float16": "_fp16", "bfloat16": "_bf16", "float32": "_fp32"}
-# What a build for everybody holds (and the compile-only test of CI): one of each generation that nvcc 13 and the kernels know.
+# What a build for everybody holds (and the compile-only test of CI): one of each generation that nvcc 13 and the
+# kernels know.
 ALL_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0")
 
 STANDARD = "-std=c++17"
@@ -129,7 +131,8 @@ class Spec:
 
 
 def csrc_folder() -> Path:
-    """csrc/ of an installed package, or of the checkout that the package is in. FileNotFoundError if it is in neither."""
+    """csrc/ of an installed package, or of the checkout that the package is in. FileNotFoundError if it is in
+    neither."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "csrc", package.parent.parent / "csrc"):
         if (folder / "bindings" / "module.cpp").is_file():

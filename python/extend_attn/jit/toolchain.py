@@ -1,11 +1,12 @@
 """The compilers: where they are looked for, in which order, and what is asked of them.
 
-nvcc: the argument; CUDA_HOME; CUDA_PATH; PATH; the PyPI packages (``nvidia-cuda-nvcc`` and friends, the extra ``[cuda]``).
-Host compiler: the argument; CXX; ``g++`` on PATH. It is passed on to nvcc with -ccbin, so that both halves of a module are
-compiled by one compiler.
+nvcc: the argument; CUDA_HOME; CUDA_PATH; PATH; the PyPI packages (``nvidia-cuda-nvcc`` and friends, the extra
+``[cuda]``). Host compiler: the argument; CXX; ``g++`` on PATH. It is passed on to nvcc with -ccbin, so that both halves
+of a module are compiled by one compiler.
 
-The first that exists is taken. If it does not work, that is an error and not a reason to take the next: a build with another
-compiler than the one that was named would be a surprise. What a compiler answered is remembered (cache.remembered).
+The first that exists is taken. If it does not work, that is an error and not a reason to take the next: a build with
+another compiler than the one that was named would be a surprise. What a compiler answered is remembered
+(cache.remembered).
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ INSTALL_HOST = "install g++ 9 or later (Debian, Ubuntu: apt-get install g++), or
 
 @dataclass(frozen=True)
 class HostCompiler:
-    """``found`` says where it was looked for; ``glibcxx`` is the newest symbol version of its libstdc++ ("3.4.28"), which a
-    module built by it may need."""
+    """``found`` says where it was looked for; ``glibcxx`` is the newest symbol version of its libstdc++ ("3.4.28"),
+    which a module built by it may need."""
 
     path: str
     found: str
@@ -44,8 +45,8 @@ class HostCompiler:
 
 @dataclass(frozen=True)
 class Nvcc:
-    """``includes`` and ``cudart`` (the static CUDA runtime) belong to the toolkit that ``path`` is of; ``archs`` is what it
-    can generate code for ("75", "90a")."""
+    """``includes`` and ``cudart`` (the static CUDA runtime) belong to the toolkit that ``path`` is of; ``archs`` is
+    what it can generate code for ("75", "90a")."""
 
     path: str
     found: str
@@ -104,7 +105,9 @@ def python_include() -> str:
     folder = sysconfig.get_path("include")
     if not os.path.isfile(os.path.join(folder, "Python.h")):
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        raise ToolchainError(f"Python.h is not in {folder}: install Python's headers (Debian, Ubuntu: python{version}-dev)")
+        raise ToolchainError(
+            f"Python.h is not in {folder}: install Python's headers (Debian, Ubuntu: python{version}-dev)"
+        )
     return folder
 
 
@@ -159,8 +162,11 @@ def _find_nvcc(argument: Optional[str]) -> Tuple[str, str]:
 
 
 def _packaged_nvccs() -> List[str]:
-    """nvcc of the PyPI packages on sys.path, newest CUDA first: they share a folder nvidia/cu<major> that is a toolkit."""
-    found = [p for folder in sys.path for p in glob.glob(os.path.join(glob.escape(folder or "."), "nvidia/cu*/bin/nvcc"))]
+    """nvcc of the PyPI packages on sys.path, newest CUDA first: they share a folder nvidia/cu<major> that is a
+    toolkit."""
+    found = [
+        p for folder in sys.path for p in glob.glob(os.path.join(glob.escape(folder or "."), "nvidia/cu*/bin/nvcc"))
+    ]
     working = [os.path.abspath(path) for path in found if os.access(path, os.X_OK)]
     return sorted(working, key=lambda path: int(re.search(r"nvidia/cu(\d+)", path)[1]), reverse=True)
 
@@ -195,10 +201,19 @@ def _host_facts(path: str, found: str) -> HostCompiler:
         what = f"the C++ compiler {path} (from {found}) does not work"
         version, machine, library = (
             _run([path, *question], what, INSTALL_HOST).strip()
-            for question in (("-dumpfullversion", "-dumpversion"), ("-dumpmachine",), ("-print-file-name=libstdc++.so.6",))
+            for question in (
+                ("-dumpfullversion", "-dumpversion"),
+                ("-dumpmachine",),
+                ("-print-file-name=libstdc++.so.6",),
+            )
         )
         _compiles([path], ".cpp", "#include <string>\nstd::string f() { return {}; }\n", what, INSTALL_HOST)
-        return {"version": version, "machine": machine, "library": os.path.abspath(library), "glibcxx": newest_glibcxx(library)}
+        return {
+            "version": version,
+            "machine": machine,
+            "library": os.path.abspath(library),
+            "glibcxx": newest_glibcxx(library),
+        }
 
     facts = cache.remembered(f"host {path}", ask, lambda facts: (path, facts["library"]))
     return HostCompiler(path, found, facts["version"], facts["machine"], facts["glibcxx"])
@@ -210,7 +225,9 @@ def _nvcc_facts(path: str, found: str, host: HostCompiler) -> Nvcc:
         version = re.search(r"release [\d.]+, V([\d.]+)", _run([path, "--version"], what, INSTALL_NVCC))
         archs = re.findall(r"sm_(\d+[af]?)", _run([path, "--list-gpu-code"], what, INSTALL_NVCC))
         if not version or not archs:
-            raise ToolchainError(f"{what}: its answers to --version and --list-gpu-code are not an nvcc's; {INSTALL_NVCC}")
+            raise ToolchainError(
+                f"{what}: its answers to --version and --list-gpu-code are not an nvcc's; {INSTALL_NVCC}"
+            )
         ccbin = ["-ccbin", host.path]
         dry_run = _run([path, "--dryrun", *ccbin, "-c", "-x", "cu", os.devnull, "-o", "probe.o"], what, INSTALL_NVCC)
         top = os.path.realpath(_dry_run_values(dry_run, "TOP")[0])
@@ -256,7 +273,8 @@ def _find_cudart(top: str, dry_run: str, host: str) -> str:
 
 
 def newest_glibcxx(path: str) -> str:
-    """The newest GLIBCXX version named in an ELF file: of a libstdc++ what it offers, of a module what it needs. "" if none."""
+    """The newest GLIBCXX version named in an ELF file: of a libstdc++ what it offers, of a module what it needs. "" if
+    none."""
     with open(path, "rb") as file:
         found = re.findall(rb"GLIBCXX_(\d+(?:\.\d+)+)\0", file.read())
     return max((text.decode() for text in found), key=lambda v: tuple(map(int, v.split("."))), default="")
