@@ -18,7 +18,7 @@ import stat
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from .errors import JitError, require
 
@@ -226,15 +226,19 @@ def entries(root: Path) -> List[Dict[str, Any]]:
     return found
 
 
-def clean(root: Path) -> List[str]:
-    """Removes builds, what killed ones left, and probes; returns what is gone. A build that is under way is let be."""
-    gone = []
+def clean(root: Path) -> Tuple[List[str], List[str]]:
+    """Removes builds, what killed ones left, and probes; returns (what is gone, what is being built and was let be)."""
+    gone: List[str] = []
+    kept: List[str] = []
     for folder in sorted((root / "modules").glob("*")):
         key = folder.name.split(".")[1] if folder.name.startswith(".") else folder.name
-        with contextlib.suppress(JitError), locked(root, key, seconds=0.0):
-            shutil.rmtree(folder, ignore_errors=True)
-            gone.append(str(folder))
+        try:
+            with locked(root, key, seconds=0.0):
+                shutil.rmtree(folder, ignore_errors=True)
+                gone.append(str(folder))
+        except JitError:
+            kept.append(str(folder))
     for probe in sorted((root / "probes").glob("*.json")):
         probe.unlink()
         gone.append(str(probe))
-    return gone
+    return gone, kept

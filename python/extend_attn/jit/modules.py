@@ -9,7 +9,7 @@ import threading
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Dict, Iterable, Optional, Sequence, Tuple
+from typing import Dict, Iterable, Optional, Tuple
 
 from . import cache, devices
 from .build import FILE, Build
@@ -41,8 +41,11 @@ def load_comm_module(
     with _one_at_a_time:
         key = (spec, nvcc, cxx)
         if key not in _loaded:
-            module = None if nvcc or cxx else installed_module(spec)
-            _loaded[key] = module or _load(build_module(spec, nvcc=nvcc, cxx=cxx))
+            ahead = None if nvcc or cxx else installed()
+            if ahead and serves(ahead.build_info(), spec, source_hash(csrc_folder())):
+                _loaded[key] = ahead
+            else:
+                _loaded[key] = _load(build_module(spec, nvcc=nvcc, cxx=cxx))
         return _loaded[key]
 
 
@@ -62,19 +65,16 @@ def build_module(spec: Spec, *, nvcc: Optional[str] = None, cxx: Optional[str] =
     return cache.publish(cache.writable_root(), key, FILE, build.run)
 
 
-def installed_module(spec: Spec) -> Optional[ModuleType]:
-    """The module that was compiled ahead (EXTEND_ATTN_AOT=1 pip install), if it holds all of ``spec`` and was made from
-    these sources; else None."""
+def installed() -> Optional[ModuleType]:
+    """The module that was compiled ahead (EXTEND_ATTN_AOT=1 pip install); None, with a warning if it is there and does
+    not load."""
     if importlib.util.find_spec(NAME) is None:
         return None
     try:
-        module = importlib.import_module(NAME)
+        return importlib.import_module(NAME)
     except ImportError as error:
-        warnings.warn(
-            f"{NAME} is installed and cannot be loaded ({error}); compiling instead", RuntimeWarning, stacklevel=3
-        )
+        warnings.warn(f"{NAME} is installed and cannot be loaded: {error}", RuntimeWarning, stacklevel=3)
         return None
-    return module if serves(module.build_info(), spec, source_hash(csrc_folder())) else None
 
 
 def serves(info: Dict, spec: Spec, sources: str) -> bool:
@@ -102,8 +102,3 @@ def _load(path: Path) -> ModuleType:
             "the newer library"
         ) from error
     return module
-
-
-def loaded() -> Sequence[ModuleType]:
-    """The modules that this process has loaded."""
-    return tuple(_loaded.values())
