@@ -27,16 +27,18 @@ ARROWS: Dict[str, Set[str]] = {
     "reference": {"inputs"},
     "kernels": {"plan", "problem", "inputs"},  # for the types of what it is given
     "attention": {"calls", "inputs", "problem", "plan", "devices", "checks", "reference", "kernels"},
-    "comm": {"plan"},  # for how table files are found and read
+    "jit": set(),
+    "comm": {"plan", "jit"},  # plan: how table files are found and read
+    "ops": {"comm"},
     "warming": {"attention", "inputs", "problem", "plan", "devices", "kernels"},
     # Users of the public interface; nothing imports them.
     "bench": {"attention", "reference", "inputs", "problem", "plan", "devices", "selection", "warming"},
-    "cli": {"attention", "reference", "problem", "plan", "selection", "warming", "bench", "comm"},
+    "cli": {"attention", "reference", "problem", "plan", "selection", "warming", "bench", "comm", "jit"},
     "__main__": {"cli", "bench"},
     # The package itself fetches its names when they are used; its imports are for type checkers.
-    "__init__": {"attention", "checks", "plan", "problem", "selection", "warming"},
+    "__init__": {"attention", "checks", "ops", "plan", "problem", "selection", "warming"},
 }
-TORCH_FREE = {"__init__", "__main__", "problem", "plan", "selection"}
+TORCH_FREE = {"__init__", "__main__", "problem", "plan", "selection", "jit"}
 
 
 def modules() -> Iterator[Path]:

@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any, Dict, List, Optional
 
 import extend_attn
+from extend_attn.cli import jit
 
 NEEDED = ("torch", "triton")
 # Distribution -> what it is for.
@@ -75,6 +76,9 @@ def report() -> Dict[str, Any]:
         except Exception as error:  # a broken installation or driver is what a doctor is asked about
             problems.append(f"torch cannot be used: {type(error).__name__}: {error}")
     problems += _triton_problems(versions["triton"])
+    compilers = jit.compilers()
+    driver = jit.driver_problem(compilers["nvcc"])
+    problems += [driver] if driver else []
     return {
         "extend_attn": extend_attn.__version__,
         "installed_at": os.path.dirname(os.path.abspath(extend_attn.__file__)),
@@ -83,6 +87,7 @@ def report() -> Dict[str, Any]:
         "versions": versions,
         "torch_build": build,
         "devices": gpus,
+        "compilers": compilers,
         "folders": folders(),
         "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)},
         "problems": problems,
@@ -100,11 +105,17 @@ def _triton_problems(version: Optional[str]) -> List[str]:
 def folders() -> Dict[str, str]:
     """Where kernels are kept and measured plans are read from."""
     from extend_attn.comm import policy
+    from extend_attn.jit import JitError, cache
     from extend_attn.plan import tables
 
+    try:
+        compiled = ", ".join(map(str, cache.roots()))
+    except JitError as error:
+        compiled = str(error)
     home = os.environ.get("TRITON_HOME", os.path.expanduser("~"))
     return {
         "compiled kernels": os.environ.get("TRITON_CACHE_DIR", os.path.join(home, ".triton", "cache")),
+        "compiled csrc/": compiled,
         "user's table": tables.user_table_path() or _absent(tables.USER_FILE),
         "measured tables": str(tables.PACKAGED),
         "user's all-reduce": tables.user_file(None, policy.ENVIRONMENT, policy.USER_FILE) or _absent(policy.USER_FILE),
@@ -130,6 +141,7 @@ def _lines(data: Dict[str, Any]) -> List[str]:
         lines.append(f"  {d['index']}: {d['name']}, {d['capability']}, {size}")
     if not data["devices"]:
         lines.append("  none: CPU tensors run on the PyTorch reference (TRITON_INTERPRET=1: interpreted kernels)")
+    lines += ["", "compilers of csrc/ (python -m extend_attn jit info)", *jit.compiler_lines(data["compilers"])]
     for title in ("folders", "settings"):
         lines += ["", title]
         lines += [f"  {name:18} {value}" for name, value in data[title].items()] or ["  none"]
