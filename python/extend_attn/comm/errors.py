@@ -28,9 +28,19 @@ class PeerLost(CommError):
 
 
 # CUDA errors that a dead exporter's memory was seen to give; the context is lost with most of them.
-_LOST = ("cudaErrorIllegalAddress", "cudaErrorLaunchFailure", "cudaErrorMapBufferObjectFailed", "cudaErrorECCUncorrectable",
-         "cudaErrorNvlinkUncorrectable", "cudaErrorHardwareStackError", "cudaErrorContained", "cudaErrorUnknown",
-         "cudaErrorInvalidResourceHandle", "cudaErrorMpsClientTerminated", "cudaErrorExternalDevice")
+_LOST = (
+    "cudaErrorIllegalAddress",
+    "cudaErrorLaunchFailure",
+    "cudaErrorMapBufferObjectFailed",
+    "cudaErrorECCUncorrectable",
+    "cudaErrorNvlinkUncorrectable",
+    "cudaErrorHardwareStackError",
+    "cudaErrorContained",
+    "cudaErrorUnknown",
+    "cudaErrorInvalidResourceHandle",
+    "cudaErrorMpsClientTerminated",
+    "cudaErrorExternalDevice",
+)
 
 
 def is_peer_lost(error: BaseException) -> bool:
@@ -64,4 +74,6 @@ def error_of(rank: int, record: Mapping[str, Any], timeout_s: float) -> CommErro
 def lost(rank: int, error: BaseException, peer: Optional[int] = None) -> PeerLost:
     """``error`` of CUDA or the process group as PeerLost."""
     who = "a peer" if peer is None else f"rank {peer}"
-    return PeerLost(f"rank {rank}: {who} seems to be gone: {error}. Close the communicator; a lost CUDA context needs a new process.")
+    return PeerLost(
+        f"rank {rank}: {who} seems to be gone: {error}. Close the communicator; a lost CUDA context needs a new process."
+    )
