@@ -1,0 +1,111 @@
+"""A captured decoder step at tensor parallelism, with this library's all-reduce and with NCCL: us a step."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+
+from ..check import error_of
+from ..providers.base import OWN, Skip
+from . import clock
+from .decoder import Batch, Decoder, Step, lockstep
+from .providers import Providers
+from .ranks import Member, Ranks
+from .shapes import MODELS
+
+SPANS = 30  # replays timed
+NOTHING = "none"  # no communication: what the step costs without it, not a result
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+class StepBench:
+    """Keeps the decoders of the last batch: weights are the same for all providers, and large."""
+
+    def __init__(self, ranks: Ranks, providers: Providers) -> None:
+        self.ranks, self.providers = ranks, providers
+        self._made: Tuple[Any, Dict[int, Decoder], List[torch.Tensor]] = (None, {}, [])
+
+    def measure(self, task: Mapping[str, Any]) -> Dict[str, Any]:
+        """``{us: {graph}, error, wrong?}``: the captured step against the step with fp32 sums."""
+        reduces = {member.rank: self._reduce(member, task["provider"], task["algo"]) for member in self.ranks.members}
+        decoders, expected = self._decoders(task)
+        outs: Dict[int, torch.Tensor] = {}
+
+        def body(member: Member) -> None:
+            outs[member.rank] = _run(decoders[member.rank].step(), reduces[member.rank])
+
+        answer: Dict[str, Any] = {"us": {}, "collectives": MODELS[task["model"]].all_reduces}
+        if not self.ranks.on_gpu:
+            body(self.ranks.members[0])
+            answer["us"]["eager"] = clock.eager_us(self.ranks, body, clock.Counts(1, 1))
+        else:
+            graphs = clock.capture(self.ranks, body)
+            clock.replay(self.ranks, graphs)
+        self.ranks.synchronize()
+        if task["provider"] != NOTHING:
+            error = max(error_of(outs[m.rank], want) for m, want in zip(self.ranks.members, expected))
+            answer["error"] = error.max
+            if error.wrong:
+                return {**answer, "us": {}, "wrong": f"wrong result: {error}"}
+        if self.ranks.on_gpu:
+            answer["us"]["graph"] = clock.graph_us(self.ranks, graphs, SPANS)
+        self.ranks.check()
+        return answer
+
+    def _reduce(self, member: Member, provider: str, algo: str) -> Reduce:
+        if provider == NOTHING:
+            return lambda x: x
+        reason = self.providers.refuses(provider, algo)
+        if reason:
+            raise Skip(reason)
+        if provider == OWN:
+            return lambda x: member.comm.all_reduce(x, algo=algo)
+
+        def in_place(x: torch.Tensor) -> torch.Tensor:
+            dist.all_reduce(x)
+            return x
+
+        return in_place
+
+    def _decoders(self, task: Mapping[str, Any]) -> Tuple[Dict[int, Decoder], List[torch.Tensor]]:
+        """The decoders of this process's ranks, and the hidden states they should come to, in members' order."""
+        batch = Batch(task["batch"], task["tokens"], task["prefix"])
+        key = (task["model"], batch.batch, batch.tokens, batch.prefix)
+        if self._made[0] != key:
+            self._made = (None, {}, [])
+            gc.collect()
+            if self.ranks.on_gpu:
+                torch.cuda.empty_cache()
+            model, world = MODELS[task["model"]], self.ranks.world
+            made = {m.rank: Decoder(model, m.rank, world, batch, m.device) for m in self.ranks.members}
+            self.ranks.synchronize()
+            expected = lockstep([one.step() for one in made.values()], self._reference_sum)
+            self.ranks.synchronize()
+            self._made = (key, made, expected)
+        return self._made[1], self._made[2]
+
+    def _reference_sum(self, partials: List[torch.Tensor]) -> List[torch.Tensor]:
+        """fp32 sums in rank order, rounded once; every rank gets a tensor of its own."""
+        if self.ranks.virtual:
+            parts: List[torch.Tensor] = partials
+        else:
+            parts = [torch.empty_like(partials[0]) for _ in range(self.ranks.world)]
+            dist.all_gather(parts, partials[0].contiguous())
+        total = torch.zeros_like(parts[0], dtype=torch.float32)
+        for part in parts:
+            total += part.float()
+        return [total.to(partials[0].dtype) for _ in partials]
+
+
+def _run(step: Step, reduce: Reduce) -> torch.Tensor:
+    """One rank's step with its all-reduce in between."""
+    total: Optional[torch.Tensor] = None
+    while True:
+        try:
+            total = reduce(step.send(total))  # type: ignore[arg-type]
+        except StopIteration as end:
+            return end.value
