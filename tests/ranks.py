@@ -1,7 +1,7 @@
 """The ranks that a test of collectives runs on: virtual ones on one GPU; under torchrun, this process's one of several.
 
-A test does the same thing on each local rank with ``ranks.each``; what all ranks' inputs are is computed from a seed, so
-that every process knows the expected result.
+A test does the same thing on each local rank with ``ranks.each``; what all ranks' inputs are is computed from a seed,
+so that every process knows the expected result.
 """
 
 from __future__ import annotations
