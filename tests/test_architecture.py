@@ -28,13 +28,15 @@ ARROWS: Dict[str, Set[str]] = {
     "kernels": {"plan", "problem", "inputs"},  # for the types of what it is given
     "attention": {"calls", "inputs", "problem", "plan", "devices", "checks", "reference", "kernels"},
     "jit": set(),
+    "comm": {"plan", "jit"},  # plan: how table files are found and read
+    "ops": {"comm"},
     "warming": {"attention", "inputs", "problem", "plan", "devices", "kernels"},
     # Users of the public interface; nothing imports them.
     "bench": {"attention", "reference", "inputs", "problem", "plan", "devices", "selection", "warming"},
-    "cli": {"attention", "reference", "problem", "plan", "selection", "warming", "bench", "jit"},
+    "cli": {"attention", "reference", "problem", "plan", "selection", "warming", "bench", "comm", "jit"},
     "__main__": {"cli", "bench"},
     # The package itself fetches its names when they are used; its imports are for type checkers.
-    "__init__": {"attention", "checks", "plan", "problem", "selection", "warming"},
+    "__init__": {"attention", "checks", "ops", "plan", "problem", "selection", "warming"},
 }
 TORCH_FREE = {"__init__", "__main__", "problem", "plan", "selection", "jit"}
 
