@@ -79,7 +79,7 @@ def installed() -> Optional[ModuleType]:
 
 def serves(info: Dict, spec: Spec, sources: str) -> bool:
     """Whether a module with this ``build_info()`` holds all of ``spec`` and was made from the sources of that hash."""
-    built = [Arch.parse(arch) for arch in info["archs"].split(";")]
+    built = [Arch.parse(arch) for arch in info["archs"].split("/")]
     return (
         info["source_hash"] == sources
         and spec.world_size_bits & ~info["world_size_bits"] == 0
