@@ -43,7 +43,7 @@ def virtual_ranks(
         os.environ.setdefault(CONNECTIONS, str(ENOUGH_CONNECTIONS))
     if int(os.environ.get(CONNECTIONS, "8")) < world_size:
         warnings.warn(
-            f"{CONNECTIONS} is {os.environ.get(CONNECTIONS, 'not set (8)')}: {world_size} streams may block each other; "
+            f"{CONNECTIONS} is {os.environ.get(CONNECTIONS, 'unset (8)')}: {world_size} streams may block each other; "
             f"set it to {ENOUGH_CONNECTIONS} before the process uses CUDA",
             RuntimeWarning,
             stacklevel=2,
