@@ -32,7 +32,7 @@ ARROWS: Dict[str, Set[str]] = {
     "ops": {"comm"},
     "warming": {"attention", "inputs", "problem", "plan", "devices", "kernels"},
     # Users of the public interface; nothing imports them.
-    "bench": {"attention", "reference", "inputs", "problem", "plan", "devices", "selection", "warming"},
+    "bench": {"attention", "reference", "inputs", "problem", "plan", "devices", "selection", "warming", "comm", "ops"},
     "cli": {"attention", "reference", "problem", "plan", "selection", "warming", "bench", "comm", "jit"},
     "__main__": {"cli", "bench"},
     # The package itself fetches its names when they are used; its imports are for type checkers.
