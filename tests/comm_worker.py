@@ -103,6 +103,45 @@ def survivor(comm, seconds: float) -> dict:
     return {"said": said, "in_time": took < seconds}
 
 
+def disagree(comm) -> dict:
+    """The ranks make the same two calls in different orders."""
+    x = torch.ones(5000, dtype=torch.bfloat16, device=comm.device)
+    counts = (4096, 5000) if comm.rank else (5000, 4096)
+    for count in counts:
+        try:
+            out = comm.all_reduce(x[:count], algo="one_shot_push")
+            comm.check()
+        except CommError as error:
+            return {"said": f"{type(error).__name__}: {error}", "nan": bool(out.isnan().all())}
+    return {"said": "nothing"}
+
+
+def fall_back(comm, world: int, nccl: bool) -> dict:
+    """A message larger than max_bytes, eager and captured."""
+    inputs, want = expected(world, 1 << 20, torch.float32, 5)
+    x = inputs[comm.rank].to(comm.device)
+    found = {}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert not comm.can_reduce(x)
+            assert torch.equal(comm.all_reduce(x).cpu(), want)
+    found["said"] = [str(w.message) for w in said]
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            y = comm.all_reduce(x)
+        graph.replay()
+        found["captured"] = torch.equal(y.cpu(), want)
+    except RuntimeError as error:
+        found["captured"] = str(error)
+    if nccl:
+        return found
+    torch.cuda.synchronize()
+    calls(comm, 1)
+    return found
+
+
 def run(scenario: str, rank: int, world: int, group) -> dict:
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
@@ -148,6 +187,10 @@ def run(scenario: str, rank: int, world: int, group) -> dict:
             comm.all_reduce(x, algo="one_shot_push")
         except RuntimeError as error:
             found["explicit"] = str(error)
+    elif scenario == "disagree":
+        found.update(disagree(comm))
+    elif scenario in ("too large", "too large, nccl"):
+        found.update(fall_back(comm, world, "nccl" in scenario))
     elif scenario == "reset":
         # Rank 0 is alone in a call until its timeout; then all reset.
         comm.close()
@@ -185,7 +228,8 @@ def run(scenario: str, rank: int, world: int, group) -> dict:
 def main() -> None:
     scenario, rank, world, port = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if "nccl" in scenario else "gloo", rank=rank, world_size=world)
     try:
         found = run(scenario, rank, world, dist.group.WORLD)
     except Exception as error:

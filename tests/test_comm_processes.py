@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Dict, List
 
 import pytest
+import torch
 from ranks import TORCHRUN
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(TORCHRUN, reason="starts its own processes")]
@@ -88,6 +89,25 @@ def test_switched_off_on_one_rank():
     for rank in run("off"):
         assert len(rank["said"]) == 1 and "EXTEND_ATTN_ALL_REDUCE=off" in rank["said"][0]
         assert "one_shot_push can't run: EXTEND_ATTN_ALL_REDUCE=off" in rank["explicit"]
+
+
+def test_calls_in_another_order():
+    for rank in run("disagree"):
+        assert rank["said"].startswith("CommDisagreement") and rank["nan"]
+        assert "of 4096 bfloat16" in rank["said"] and "of 5000 bfloat16" in rank["said"]
+
+
+def test_too_large_for_the_kernels():
+    """torch.distributed does it, which is said once; gloo can't be captured, and the error says so."""
+    for rank in run("too large"):
+        assert len(rank["said"]) == 1 and "more than max_bytes=1048576" in rank["said"][0]
+        assert "backend gloo can't be captured" in rank["captured"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each rank")
+def test_too_large_for_the_kernels_under_nccl():
+    for rank in run("too large, nccl"):
+        assert len(rank["said"]) == 1 and rank["captured"] is True
 
 
 def test_reset():
