@@ -80,12 +80,9 @@ def main(newer: str) -> None:
                 file.write(source)
             command = [tools.nvcc.path, "-ccbin", tools.host.path, "-std=c++20", "-c", path, "-o", path + ".o"]
             compiled[name] = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said = compiled["bit_cast"].stdout
+    said = [line for line in compiled["bit_cast"].stdout.splitlines() if "bit_cast" in line]
     check(compiled["no bit_cast"].returncode == 0, "control: C++20 without std::bit_cast compiles")
-    check(
-        compiled["bit_cast"].returncode != 0 and "bit_cast" in said,
-        f"control: std::bit_cast does not: {said.split('error')[-1][:60]!r}",
-    )
+    check(compiled["bit_cast"].returncode != 0 and bool(said), f"control: std::bit_cast does not: {''.join(said[:1])}")
 
     needs = newest_glibcxx(newer)
     try:
@@ -93,8 +90,11 @@ def main(newer: str) -> None:
         refused = ""
     except OSError as error:
         refused = str(error)
+    missing = subprocess.run(["ldd", newer], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    named = re.findall(r"`(GLIBCXX_[\d.]+)' not found", missing)
     check(version(needs) > GLIBCXX, f"control: a newer compiler's module needs GLIBCXX_{needs}")
-    check("GLIBCXX" in refused, f"control: it does not load: {refused}")
+    check("not found" in refused, f"control: it does not load: {refused}")
+    check(f"GLIBCXX_{needs}" in named, f"control: ldd misses {', '.join(sorted(set(named)))}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The ranks that a test of collectives runs on: virtual ones on one GPU, or, under torchrun, this process's one of several.
+"""The ranks that a test of collectives runs on: virtual ones on one GPU; under torchrun, this process's one of several.
 
-A test asks for the fixture ``ranks`` and does the same thing on each local rank with ``ranks.each``; what all ranks' inputs
-are is computed from a seed, so that every process knows the expected result.
+A test does the same thing on each local rank with ``ranks.each``; what all ranks' inputs are is computed from a seed,
+so that every process knows the expected result.
 """
 
 from __future__ import annotations
@@ -39,7 +39,13 @@ class Ranks:
     """Communicators and streams of the ranks in this process; ``mine`` are their numbers."""
 
     def __init__(self, world: int, **arguments) -> None:
-        arguments = {"dtypes": DTYPES, "max_bytes": MAX_BYTES, "max_push_bytes": MAX_BYTES, "timeout_s": 20.0, **arguments}
+        arguments = {
+            "dtypes": DTYPES,
+            "max_bytes": MAX_BYTES,
+            "max_push_bytes": MAX_BYTES,
+            "timeout_s": 20.0,
+            **arguments,
+        }
         self.world = world
         self.device = device()
         if TORCHRUN:
@@ -85,9 +91,7 @@ def shared(world: int) -> Ranks:
 def integers(world: int, count: int, dtype: torch.dtype, seed: int) -> List[torch.Tensor]:
     """Each rank's input: small whole numbers, whose sums are exact in every type."""
     generator = torch.Generator(device()).manual_seed(seed)
-    return [
-        torch.randint(-8, 9, (count,), device=device(), generator=generator).to(dtype) for _ in range(world)
-    ]
+    return [torch.randint(-8, 9, (count,), device=device(), generator=generator).to(dtype) for _ in range(world)]
 
 
 def normals(world: int, count: int, dtype: torch.dtype, seed: int) -> List[torch.Tensor]:

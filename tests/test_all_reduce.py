@@ -81,7 +81,7 @@ def test_nothing_past_the_end_is_written(ranks, algo, count):
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("algo", ALGOS)
 def test_special_values(ranks, algo, dtype):
-    """NaN, infinities, denormals, both zeros, the largest number: in each rank, against ordinary ones and each other."""
+    """NaN, infinities, denormals, both zeros, the largest number, in each rank against ordinary ones and each other."""
     info = torch.finfo(dtype)
     special = [float("nan"), float("inf"), float("-inf"), info.smallest_normal / 4, -info.smallest_normal / 4]
     special += [0.0, -0.0, info.max, -info.max, 1.0, info.tiny, info.eps]

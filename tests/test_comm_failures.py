@@ -1,10 +1,22 @@
-"""What happens when ranks do not agree, or one does not come: named errors, NaN, and a communicator that can be reset."""
+"""When ranks do not agree, or one does not come: named errors, NaN, and a communicator that can be reset."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from ranks import ALGOS, DTYPES, TORCHRUN, Ranks, assert_same_bits, expected_sum, integers, normals, poisoned_like, shared
+from ranks import (
+    ALGOS,
+    DTYPES,
+    TORCHRUN,
+    Ranks,
+    assert_same_bits,
+    capture,
+    expected_sum,
+    integers,
+    normals,
+    poisoned_like,
+    shared,
+)
 
 import extend_attn
 from extend_attn.comm import CommDisagreement, CommError, CommTimeout
@@ -12,11 +24,13 @@ from extend_attn.comm import CommDisagreement, CommError, CommTimeout
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(TORCHRUN, reason="both sides are looked at: virtual ranks only")]
 
 SMALL = {"max_bytes": 1 << 20, "max_push_bytes": 1 << 20, "timeout_s": 0.5}
+# Both ranks come, so nothing should wait this long; the GPU may be shared with other processes.
+PATIENT = {**SMALL, "timeout_s": 10.0}
 
 
 @pytest.fixture
-def pair():
-    ranks = Ranks(2, **SMALL)
+def pair(request):
+    ranks = Ranks(2, **getattr(request, "param", SMALL))
     yield ranks
     ranks.wait()
     for comm in ranks.comms:
@@ -73,6 +87,7 @@ def different_calls():
     return cases
 
 
+@pytest.mark.parametrize("pair", [PATIENT], indirect=True, ids=["patient"])
 @pytest.mark.parametrize("name", list(different_calls()))
 def test_ranks_that_disagree_are_told(pair, name):
     """Named on both sides before the timeout, the output NaN; then nothing works until reset(), and then all does."""
@@ -152,8 +167,6 @@ def test_calls_queued_behind_a_failure_leave_at_once(pair):
 def test_replays_of_a_poisoned_communicator_are_nan(pair):
     every = integers(2, 4096, torch.bfloat16, seed=0)
     outs = poisoned_like(every)
-    from ranks import capture
-
     graphs, _ = capture(pair, lambda comm, x, out: comm.all_reduce(x, out=out, algo="one_shot_pull"), every, outs)
     pair.wait()
     pair.each(lambda comm, graph: graph.replay(), graphs)
@@ -193,6 +206,7 @@ def test_replay_before_the_capture_is_left(pair):
         comm.check()
 
 
+@pytest.mark.parametrize("pair", [PATIENT], indirect=True, ids=["patient"])
 def test_captures_that_differ(pair):
     """Leaving capture() compares what was captured; the graphs of ranks that differ would never meet."""
     x = torch.ones(4096, dtype=torch.bfloat16, device=pair.device)
@@ -247,7 +261,7 @@ def test_bad_input_is_named_before_a_launch(name):
 
 def shared_small() -> Ranks:
     if not _small:
-        _small.append(Ranks(2, **SMALL))
+        _small.append(Ranks(2, **PATIENT))
     return _small[0]
 
 
@@ -322,7 +336,7 @@ def test_too_large_has_nowhere_to_go_on_virtual_ranks():
 def test_no_dependent_launch(monkeypatch):
     """The switch works, and results are the same without."""
     monkeypatch.setenv("EXTEND_ATTN_PDL", "0")
-    ranks = Ranks(2, **SMALL)
+    ranks = Ranks(2, **PATIENT)
     assert not any(comm._core.dependent_launch for comm in ranks.comms)
     assert_works(ranks)
     ranks.close()

@@ -133,7 +133,7 @@ def copy_of_checkout(tmp_path):
     folder = tmp_path / "checkout"
     folder.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md",
-                 "constraints.txt", "dev"):  # fmt: skip
+                 "constraints.txt", "CMakeLists.txt", "dev"):  # fmt: skip
         shutil.copy(ROOT / name, folder / name)
     skip = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.pyc")
     for name in ("python", "csrc"):

@@ -69,7 +69,9 @@ def assert_close(got, want, dtype):
     bound = torch.finfo(dtype).eps * 0.5 + 16 * torch.finfo(torch.float32).eps
     error = (got.double() - want).abs()
     floor = torch.finfo(dtype).tiny
-    assert (error <= bound * 1.01 * want.abs() + floor).all(), f"{(error / (want.abs() + floor)).max().item()} > {bound}"
+    assert (error <= bound * 1.01 * want.abs() + floor).all(), (
+        f"{(error / (want.abs() + floor)).max().item()} > {bound}"
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).replace("torch.", ""))

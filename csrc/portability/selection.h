@@ -6,6 +6,9 @@
 #error "define EXTEND_ATTN_WORLD_SIZE_BITS and EXTEND_ATTN_DTYPE_BITS (python/extend_attn/jit/spec.py does)"
 #endif
 
+// The level that the library states. A build system that adds its own default after it would go unnoticed otherwise.
+static_assert(__cplusplus == 201703L, "csrc/ is C++17: compile it with -std=c++17");
+
 namespace extend_attn {
 
 // The bit numbers of EXTEND_ATTN_DTYPE_BITS, and the numbers by which Python names a type.

@@ -20,8 +20,8 @@ class Capture:
     """``with comm.capture():`` around one or more stream captures, entered before and left after them, on all ranks.
 
     What each captured call does is recorded and compared between the ranks when it is left, and the pulls' inputs are
-    registered: one slot a call, the allocation's handle and the offset, never by address. An input that can't be exported is
-    copied in, which is decided when it is captured. Graphs may be replayed once this is left.
+    registered: one slot a call, the allocation's handle and the offset, never by address. An input that can't be
+    exported is copied in, which is decided when it is captured. Graphs may be replayed once this is left.
     """
 
     def __init__(self, comm: CustomAllReduce) -> None:
@@ -54,7 +54,7 @@ class Capture:
             self._inputs.append((slot, None))
             return slot, True
         handle, offset, base = exported
-        # Whoever drops the graph frees its pool, while peers still have it mapped: one tensor keeps an allocation alive.
+        # Who drops the graph frees its pool, while peers still have it mapped: one tensor keeps an allocation alive.
         comm._kept.setdefault(base, x)
         self._inputs.append((slot, (handle, offset, x.data_ptr())))
         return slot, False

@@ -23,17 +23,19 @@ class CustomAllReduce:
     """All-reduce over the GPUs of one host, for messages up to a few MiB, in CUDA graphs and out of them.
 
     ``group``: a torch.distributed process group of 2 to 8 ranks on one host (gloo will do; None is the default group);
-    ``device``: this rank's GPU. Making one is collective. ``dtypes``: the types to build kernels for. ``max_bytes``: the
-    largest message that is pulled. ``max_push_bytes``: the largest that is pushed, for which 2 x world times as much is
-    allocated (None: the policy's threshold, at least what fused_parallel_qknorm needs). ``timeout_s``: how long a kernel
-    waits for another rank. ``pdl``: programmatic dependent launch on sm_90 and later (None: unless EXTEND_ATTN_PDL=0).
-    ``policy``: what ``algo="auto"`` means (None: ``Policy.load()``).
+    ``device``: this rank's GPU. Making one is collective. ``dtypes``: the types to build kernels for. ``max_bytes``:
+    the largest message that is pulled. ``max_push_bytes``: the largest that is pushed, for which 2 x world times as
+    much is allocated (None: the policy's threshold, at least what fused_parallel_qknorm needs). ``timeout_s``: how long
+    a kernel waits for another rank. ``pdl``: programmatic dependent launch on sm_90 and later (None: unless
+    EXTEND_ATTN_PDL=0). ``policy``: what ``algo="auto"`` means (None: ``Policy.load()``).
 
-    All calls and replays of one communicator must come in the same order on all ranks, and one after the other on the GPU; an
-    eager call waits for the eager call before it, whatever its stream. Use two communicators for what is to run at once.
+    All calls and replays of one communicator must come in the same order on all ranks, and one after the other on the
+    GPU; an eager call waits for the eager call before it, whatever its stream. Use two communicators for what is to run
+    at once.
 
-    When a rank is not there within the timeout, or is in another call, the output is NaN, and the next call, ``check()`` or
-    ``close()`` raises CommTimeout or CommDisagreement; every call raises until ``reset()`` on all ranks, or ``close()``.
+    When a rank is not there within the timeout, or is in another call, the output is NaN, and the next call,
+    ``check()`` or ``close()`` raises CommTimeout or CommDisagreement; every call raises until ``reset()`` on all ranks,
+    or ``close()``.
     """
 
     def __init__(
@@ -106,10 +108,10 @@ class CustomAllReduce:
     def all_reduce(self, x: torch.Tensor, *, out: Optional[torch.Tensor] = None, algo: str = AUTO) -> torch.Tensor:
         """The sum of ``x`` over all ranks, on the current stream; the same bits on every rank and for every algorithm.
 
-        ``x``: contiguous, 16-byte aligned, of one of ``dtypes``, any number of elements. ``out``: ``x`` itself or disjoint
-        from it; None: a new tensor. ``algo``: one_shot_push, one_shot_pull, two_shot_pull, or auto (the policy's, and
-        torch.distributed where the policy or the communicator's limits say so). Summed in fp32 in rank order from +0, so that
-        a zero sum is +0.
+        ``x``: contiguous, 16-byte aligned, of one of ``dtypes``, any number of elements. ``out``: ``x`` itself or
+        disjoint from it; None: a new tensor. ``algo``: one_shot_push, one_shot_pull, two_shot_pull, or auto (the
+        policy's, and torch.distributed where the policy or the communicator's limits say so). Summed in fp32 in rank
+        order from +0, so that a zero sum is +0.
         """
         self._require_open()
         self._check_tensor("x", x)
@@ -187,7 +189,7 @@ class CustomAllReduce:
     # -- the algorithm --
 
     def _choose(self, x: torch.Tensor, algo: str, capturing: bool) -> Tuple[str, str]:
-        """(algorithm, why it is the fallback). It follows from size, type and capture state alone, so it is equal on all ranks."""
+        """(algorithm, why if it is the fallback): from size, type and capture state alone, so equal on all ranks."""
         nbytes = x.numel() * x.element_size()
         if algo != AUTO:
             if algo not in ALGORITHMS:
@@ -236,7 +238,7 @@ class CustomAllReduce:
         backend = str(dist.get_backend(self._rendezvous.group))
         if capturing and "nccl" not in backend:
             raise RuntimeError(
-                f"all_reduce under capture needs torch.distributed ({reason}), and its backend {backend} can't be captured"
+                f"under capture this needs torch.distributed ({reason}), whose backend {backend} can't be captured"
             )
         self._raise_if_poisoned()
         self._say_once(f"all-reduce by torch.distributed: {reason}")
@@ -253,7 +255,7 @@ class CustomAllReduce:
         def follow(digests: List[str]) -> None:
             if len(set(digests)) > 1:
                 raise CommError(
-                    f"policy: ranks gave different ones (digests {', '.join(d[:12] for d in digests)}); the old one stays"
+                    f"policy: ranks gave different ones ({', '.join(d[:12] for d in digests)}); the old one stays"
                 )
             self._policy, self._choices = new, {}
 
@@ -288,7 +290,7 @@ class CustomAllReduce:
         self._rendezvous.exchange("reset: done", None, lambda _: None)
 
     def close(self) -> None:
-        """Frees all; idempotent, and not collective. Raises what a call has reported and no call has raised, after that."""
+        """Frees all; idempotent, not collective. Then raises what the GPU has reported and no call has raised."""
         if self._closed:
             return
         self._closed = True

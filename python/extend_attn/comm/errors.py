@@ -53,7 +53,8 @@ def describe_call(header: Mapping[str, Any]) -> str:
     dtype = dict(enumerate(DTYPE_NAMES)).get(header["dtype"], f"type {header['dtype']}")
     if header["op"] == _TP_QKNORM:
         return f"tp_qknorm of {header['tokens']} tokens, q {header['q_width']}, k {header['k_width']} {dtype}"
-    return f"{_OPS.get(header['op'], 'operation %d' % header['op'])} of {header['count']} {dtype}"
+    op = _OPS.get(header["op"], f"operation {header['op']}")
+    return f"{op} of {header['count']} {dtype}"
 
 
 def error_of(rank: int, record: Mapping[str, Any], timeout_s: float) -> CommError:
@@ -75,5 +76,5 @@ def lost(rank: int, error: BaseException, peer: Optional[int] = None) -> PeerLos
     """``error`` of CUDA or the process group as PeerLost."""
     who = "a peer" if peer is None else f"rank {peer}"
     return PeerLost(
-        f"rank {rank}: {who} seems to be gone: {error}. Close the communicator; a lost CUDA context needs a new process."
+        f"rank {rank}: {who} seems to be gone: {error}. Close the communicator; a lost CUDA context needs a new process"
     )

@@ -1,7 +1,8 @@
 """How ranks tell each other something on the host: through torch.distributed, or within one process.
 
-Both have ``exchange(what, value, then)``: give ``value``, and once every rank has, ``then(values)`` is called with all of them in
-rank order. In a process group that is before ``exchange`` returns; among virtual ranks it is when the last of them calls.
+Both have ``exchange(what, value, then)``: give ``value``, and once every rank has, ``then(values)`` is called with all
+of them in rank order. In a process group that is before ``exchange`` returns; among virtual ranks it is when the last
+of them calls.
 """
 
 from __future__ import annotations

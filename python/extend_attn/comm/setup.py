@@ -1,7 +1,8 @@
 """The constructor: what ranks tell each other before they share memory, and whether they can at all.
 
-Every step is an exchange, and an error of one rank ends it on all. A reason not to use the kernels (other hosts, no peer
-access, EXTEND_ATTN_ALL_REDUCE=off) is seen by all ranks alike, and then all of them fall back to torch.distributed.
+Every step is an exchange, and an error of one rank ends it on all. A reason not to use the kernels (other hosts, no
+peer access, EXTEND_ATTN_ALL_REDUCE=off) is seen by all ranks alike, and then all of them fall back to
+torch.distributed.
 """
 
 from __future__ import annotations

@@ -32,10 +32,10 @@ def virtual_ranks(
 ) -> List[CustomAllReduce]:
     """``world_size`` communicators on one GPU, rank r the r-th, each to be used on a stream of its own.
 
-    A rank's kernel waits for the others', so between the launches of one call on all ranks there must be nothing that waits for
-    the GPU: no synchronisation, no work on the default stream, no allocation (give ``out``). What ranks do together (leaving
-    ``capture()``, ``reset()``, a new ``policy``) happens when the last of them calls. Set CUDA_DEVICE_MAX_CONNECTIONS=32
-    before CUDA starts; this does if it has not.
+    A rank's kernel waits for the others', so between the launches of one call on all ranks there must be nothing that
+    waits for the GPU: no synchronisation, no work on the default stream, no allocation (give ``out``). What ranks do
+    together (leaving ``capture()``, ``reset()``, a new ``policy``) happens when the last of them calls. Set
+    CUDA_DEVICE_MAX_CONNECTIONS=32 before CUDA starts; this does if it has not.
     """
     if not MIN_RANKS <= world_size <= MAX_RANKS:
         raise ValueError(f"world_size: got {world_size}; the kernels serve {MIN_RANKS} to {MAX_RANKS} ranks")
@@ -43,7 +43,7 @@ def virtual_ranks(
         os.environ.setdefault(CONNECTIONS, str(ENOUGH_CONNECTIONS))
     if int(os.environ.get(CONNECTIONS, "8")) < world_size:
         warnings.warn(
-            f"{CONNECTIONS} is {os.environ.get(CONNECTIONS, 'not set (8)')}: {world_size} streams may block each other; "
+            f"{CONNECTIONS} is {os.environ.get(CONNECTIONS, 'unset (8)')}: {world_size} streams may block each other; "
             f"set it to {ENOUGH_CONNECTIONS} before the process uses CUDA",
             RuntimeWarning,
             stacklevel=2,

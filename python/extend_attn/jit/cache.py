@@ -200,20 +200,34 @@ def remembered(
     key: str, ask: Callable[[], Dict[str, Any]], files: Callable[[Dict[str, Any]], Iterable[str]]
 ) -> Dict[str, Any]:
     """What ``ask()`` answered once about the tools that ``key`` names, asked again only when one of ``files(answer)``
-    changed."""
-    name = f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    changed. Of several processes that would ask at once, one does."""
+    name = hashlib.sha256(key.encode()).hexdigest()[:24]
+    known = _recall(key, name)
+    if known is not None:
+        return known
+    try:
+        root = writable_root()
+    except JitError:  # nowhere to write: asked again next time
+        return ask()
+    with locked(root, f"probe-{name}"):
+        known = _recall(key, name)
+        if known is None:
+            known = ask()
+            record = {"key": key, "files": [fingerprint(path) for path in files(known)], "facts": known}
+            _write(root / "probes" / f"{name}.json", record)
+    return known
+
+
+def _recall(key: str, name: str) -> Optional[Dict[str, Any]]:
+    """The facts of a record that still holds; None if there is none."""
     for root in roots():
-        record = read_json(root / "probes" / name)
+        record = read_json(root / "probes" / f"{name}.json")
         try:
             if record and record["key"] == key and all(fingerprint(f[0]) == f for f in record["files"]):
                 return record["facts"]
         except (OSError, KeyError, IndexError, TypeError):
             continue
-    facts = ask()
-    record = {"key": key, "files": [fingerprint(path) for path in files(facts)], "facts": facts}
-    with contextlib.suppress(OSError, JitError):  # nowhere to write: asked again next time
-        _write(writable_root() / "probes" / name, record)
-    return facts
+    return None
 
 
 def entries(root: Path) -> List[Dict[str, Any]]:

@@ -79,7 +79,7 @@ def installed() -> Optional[ModuleType]:
 
 def serves(info: Dict, spec: Spec, sources: str) -> bool:
     """Whether a module with this ``build_info()`` holds all of ``spec`` and was made from the sources of that hash."""
-    built = [Arch.parse(arch) for arch in info["archs"].split(";")]
+    built = [Arch.parse(arch) for arch in info["archs"].split("/")]
     return (
         info["source_hash"] == sources
         and spec.world_size_bits & ~info["world_size_bits"] == 0
@@ -89,9 +89,12 @@ def serves(info: Dict, spec: Spec, sources: str) -> bool:
 
 
 def _load(path: Path) -> ModuleType:
-    """The extension module in ``path``, without an entry in sys.modules: a process may hold several builds."""
-    loader = importlib.machinery.ExtensionFileLoader(NAME, str(path))
-    spec = importlib.util.spec_from_file_location(NAME, str(path), loader=loader)
+    """The extension module in ``path``, without an entry in sys.modules. A process may hold several builds: each has a
+    name of its own, since pybind11 gives a module of the same name out a second time. (Python takes the last part of
+    the name, ``_comm``, to find the function that makes the module.)"""
+    name = f"extend_attn.jit.build_{path.parent.name}.{MODULE}"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, str(path), loader=loader)
     try:
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)

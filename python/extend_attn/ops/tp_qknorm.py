@@ -18,12 +18,12 @@ def fused_parallel_qknorm(
     k_weight: torch.Tensor,
     eps: float,
 ) -> None:
-    """In place, over the full width of ``world`` shards: ``x * rsqrt(sum(x^2) / (width * world) + eps) * weight``, in fp32.
+    """In place, over the width of all shards: ``x * rsqrt(sum(x^2) / (width * world) + eps) * weight``, in fp32.
 
-    ``q``, ``k``: ``[tokens, width]`` of this rank, one type (fp16, bf16, fp32), last dimension contiguous, base and row stride
-    16-byte aligned; 0 to 16384 tokens; widths in multiples of 8, q 128 to 8192, k 64 to 8192. ``q_weight``, ``k_weight``:
-    ``[width]``, this rank's shard, of the same type. One kernel on the current stream: it pushes two sums a token to each of
-    2, 4 or 8 ranks. Counts as a call of ``comm``, in the same order on all ranks.
+    ``q``, ``k``: ``[tokens, width]`` of this rank, one type (fp16, bf16, fp32), last dimension contiguous, base and row
+    stride 16-byte aligned; 0 to 16384 tokens; widths in multiples of 8, q 128 to 8192, k 64 to 8192. ``q_weight``,
+    ``k_weight``: ``[width]``, this rank's shard, of the same type. One kernel on the current stream: it pushes two sums
+    a token to each of 2, 4 or 8 ranks. Counts as a call of ``comm``, in the same order on all ranks.
     """
     comm._require_open()
     for name, x in (("q", q), ("k", k)):
