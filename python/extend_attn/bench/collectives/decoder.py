@@ -80,18 +80,21 @@ class Layer:
 
 
 class Decoder:
-    """One rank's layers, and its step."""
+    """One rank's layers, and its step over the batch that ``use`` has set. ``slots``: of each layer's pool."""
 
-    def __init__(self, model: Model, rank: int, world: int, batch: Batch, device: torch.device) -> None:
+    def __init__(self, model: Model, rank: int, world: int, slots: int, device: torch.device) -> None:
         if model.heads % world or model.dense_width % (8 * world) or model.expert_width % (8 * world):
             raise ValueError(f"world: {world} ranks don't divide heads and MLP widths into multiples of 8")
-        self.model, self.batch = model, batch
-        self.layers = [Layer(model, i, rank, world, batch.slots, device) for i in range(model.layers)]
-        self.layout = batch.layout(device)
-        rows = batch.batch * batch.tokens
-        generator = torch.Generator(device).manual_seed(2)  # the same on every rank
-        self.x = torch.empty(rows, model.hidden, dtype=DTYPE, device=device).normal_(generator=generator)
+        self.model, self.device = model, device
+        self.layers = [Layer(model, i, rank, world, slots, device) for i in range(model.layers)]
         self.expert_numbers = torch.arange(model.experts, device=device)
+
+    def use(self, batch: Batch) -> None:
+        """Index arrays and input states, the same on every rank."""
+        self.batch, self.layout = batch, batch.layout(self.device)
+        rows = batch.batch * batch.tokens
+        generator = torch.Generator(self.device).manual_seed(2)
+        self.x = torch.empty(rows, self.model.hidden, dtype=DTYPE, device=self.device).normal_(generator=generator)
 
     def step(self) -> Step:
         """The hidden states ``[batch * tokens, hidden]`` after all layers."""

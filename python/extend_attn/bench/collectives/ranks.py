@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 VIRTUAL = "EXTEND_ATTN_BENCH_VIRTUAL_RANKS"
+# Ranks without a GPU of their own share one and take turns on it: a run can be tried out, and its times mean nothing.
+SHARED = "EXTEND_ATTN_BENCH_SHARE_GPU"
 T = TypeVar("T")
 
 
@@ -94,9 +96,9 @@ def join(device_type: str) -> Ranks:
         world, mine = int(os.environ["WORLD_SIZE"]), range(int(os.environ["RANK"]), int(os.environ["RANK"]) + 1)
     if device_type == "cuda":
         index = 0 if virtual else int(os.environ["LOCAL_RANK"])
-        if index >= torch.cuda.device_count():
+        if index >= torch.cuda.device_count() and not os.environ.get(SHARED):
             raise RuntimeError(f"rank {index} needs a GPU of its own; there are {torch.cuda.device_count()}")
-        device = torch.device("cuda", index)
+        device = torch.device("cuda", index % torch.cuda.device_count())
         torch.cuda.set_device(device)
         members = [Member(rank, device, torch.cuda.Stream(device)) for rank in mine]
     else:

@@ -13,7 +13,7 @@ from .. import results
 from ..runner import Budget
 from . import table_rows
 from . import tasks as kinds
-from .arithmetic import LARGEST, bus_bandwidth
+from .arithmetic import ITEM_BYTES, LARGEST, bus_bandwidth
 from .team import Team
 
 SETUP_S = 90.0  # joining, and compiling the kernels where the cache has none
@@ -124,8 +124,7 @@ class Run:
     def _start(self) -> Dict[str, Any]:
         """Ranks that are ready: their facts, or ``failed``."""
         hello = self.team.ask({"op": "hello"}, SETUP_S)
-        dtypes = sorted({self.settings.dtype, "float32"})  # qknorm by two all-reduces sums fp32
-        setup = {"op": "setup", "dtypes": dtypes, "largest": self._largest, "timeout_s": WAIT_S}
+        setup = {"op": "setup", "dtypes": list(ITEM_BYTES), "largest": self._largest, "timeout_s": WAIT_S}
         made = hello if "failed" in hello else self.team.ask(setup, SETUP_S)
         rates = made if "failed" in made else (self._facts.get("ceilings") or self.team.ask({"op": "ceilings"}))
         if "failed" in rates:

@@ -23,11 +23,12 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 class StepBench:
-    """Keeps the decoders of the last batch: weights are the same for all providers, and large."""
+    """Keeps the decoders, whose weights are large, and what the last batch should come to."""
 
     def __init__(self, ranks: Ranks, providers: Providers) -> None:
         self.ranks, self.providers = ranks, providers
-        self._made: Tuple[Any, Dict[int, Decoder], List[torch.Tensor]] = (None, {}, [])
+        self._made: Tuple[Any, Dict[int, Decoder]] = (None, {})
+        self._expected: Tuple[Any, List[torch.Tensor]] = (None, [])
 
     def measure(self, task: Mapping[str, Any]) -> Dict[str, Any]:
         """``{us: {graph}, error, wrong?}``: the captured step against the step with fp32 sums."""
@@ -73,20 +74,22 @@ class StepBench:
 
     def _decoders(self, task: Mapping[str, Any]) -> Tuple[Dict[int, Decoder], List[torch.Tensor]]:
         """The decoders of this process's ranks, and the hidden states they should come to, in members' order."""
-        batch = Batch(task["batch"], task["tokens"], task["prefix"])
-        key = (task["model"], batch.batch, batch.tokens, batch.prefix)
-        if self._made[0] != key:
-            self._made = (None, {}, [])
+        of_weights = (task["model"], task["slots"])
+        if self._made[0] != of_weights:
+            self._made, self._expected = (None, {}), (None, [])
             gc.collect()
-            if self.ranks.on_gpu:
-                torch.cuda.empty_cache()
             model, world = MODELS[task["model"]], self.ranks.world
-            made = {m.rank: Decoder(model, m.rank, world, batch, m.device) for m in self.ranks.members}
+            made = {m.rank: Decoder(model, m.rank, world, task["slots"], m.device) for m in self.ranks.members}
+            self._made = (of_weights, made)
+        decoders = self._made[1]
+        batch = Batch(task["batch"], task["tokens"], task["prefix"])
+        if self._expected[0] != batch:
+            for decoder in decoders.values():
+                decoder.use(batch)
             self.ranks.synchronize()
-            expected = lockstep([one.step() for one in made.values()], self._reference_sum)
+            self._expected = (batch, lockstep([one.step() for one in decoders.values()], self._reference_sum))
             self.ranks.synchronize()
-            self._made = (key, made, expected)
-        return self._made[1], self._made[2]
+        return decoders, self._expected[1]
 
     def _reference_sum(self, partials: List[torch.Tensor]) -> List[torch.Tensor]:
         """fp32 sums in rank order, rounded once; every rank gets a tensor of its own."""

@@ -61,9 +61,10 @@ def qknorm(tokens: Sequence[int]) -> List[Dict[str, Any]]:
 
 
 def step(model: str, batches: Sequence[int], tokens: Sequence[int], prefix: int) -> List[Dict[str, Any]]:
+    slots = max(batches) * (prefix + max(tokens))  # of one pool for all batches
     return [
-        {"op": "step", "model": model, "batch": batch, "tokens": new, "prefix": prefix, "provider": provider,
-         "algo": algo}
+        {"op": "step", "model": model, "batch": batch, "tokens": new, "prefix": prefix, "slots": slots,
+         "provider": provider, "algo": algo}
         for batch in batches
         for new in tokens
         for provider, algo in STEP

@@ -57,7 +57,7 @@ class RankWorker(TaskWorker):
 
     def ceilings(self, task: dict) -> dict:
         """What one direction of the link to the next GPU gives (GB/s): by its nominal rate, and in a large copy."""
-        if self.ranks.virtual or not self.ranks.on_gpu or self.ranks.members[0].rank:
+        if not self.ranks.on_gpu or self.ranks.members[0].rank or torch.cuda.device_count() < self.ranks.world:
             return {}
         source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=self.device)
         target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=torch.device("cuda", 1))
