@@ -36,6 +36,8 @@ class Providers:
             return "needs a GPU"
         if self.ranks.virtual:
             return "virtual ranks share one GPU, which it has no call for"
+        if torch.cuda.device_count() < self.ranks.world:
+            return "it needs a GPU for each rank"
         return None
 
     def prepare(self, member: Member, provider: str, algo: str, count: int, dtype: torch.dtype) -> Call:
