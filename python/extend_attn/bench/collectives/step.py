@@ -41,7 +41,7 @@ class StepBench:
 
         answer: Dict[str, Any] = {"us": {}, "collectives": MODELS[task["model"]].all_reduces}
         if not self.ranks.on_gpu:
-            body(self.ranks.members[0])
+            self.ranks.each(body)
             answer["us"]["eager"] = clock.eager_us(self.ranks, body, clock.Counts(1, 1))
         else:
             graphs = clock.capture(self.ranks, body)
