@@ -41,8 +41,8 @@ else
     part 60 expandable env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True EXTEND_ATTN_TEST_NCCL=1 \
         "${launch[@]}" "${pytest[@]}" tests/test_all_reduce.py -k graph
 fi
-part 170 bench "$python" -m extend_attn bench collectives "${ranks[@]}" --timeout 10 --budget 150 \
+part 170 bench "$python" -m extend_attn bench collectives "${ranks[@]}" --timeout 15 --budget 150 \
     --out "$out/$name.json" --plot "$out/$name-all_reduce.png" --table "$out/all_reduce.json"
-[ "$mode" = rehearsal ] || part 90 processes "$python" "${pytest[@]}" tests/test_comm_processes.py -k "kill"
+[ "$mode" = rehearsal ] || part 75 processes "$python" "${pytest[@]}" tests/test_comm_processes.py -k "kill or nccl or graphs"
 grep -v '^ *[0-9.]* s \[' "$out/bench.log"
 exit "$failed"

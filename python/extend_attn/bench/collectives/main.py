@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 from typing import Any, Dict, List, Optional
 
@@ -69,8 +70,12 @@ def main(argv: Optional[List[str]] = None) -> int:
             print("\n".join(kinds.label(task) for task in tasks))
         return 0
     run = Run(settings, "python -m extend_attn bench " + shlex.join(argv))
-    with run.team:
-        files = run.everything(work)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the ranks end with this process
+    try:
+        with run.team:
+            files = run.everything(work)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return _show(files, options) or int(run.failed)
 
 

@@ -17,6 +17,7 @@ from .arithmetic import ITEM_BYTES, LARGEST, bus_bandwidth
 from .team import Team
 
 SETUP_S = 90.0  # joining, and compiling the kernels where the cache has none
+ENOUGH_FAILURES = 2  # of one provider's algorithm, or of a start: each costs a time limit and a start of all ranks
 WAIT_S = 5.0  # what a kernel waits for a peer: a bench's ranks are never apart for long
 STEP_TIMES = 4  # a step's time limit over others': weights to make, attention kernels to compile
 
@@ -47,6 +48,7 @@ class Run:
         self._largest = LARGEST
         self._set_up = False
         self._facts: Dict[str, Any] = {}
+        self._failures: Dict[Any, int] = {}
 
     def everything(self, work: Dict[str, List[Dict[str, Any]]]) -> Dict[str, Dict[str, Any]]:
         """kind -> its results file, written after each task; empty if the ranks can't even start."""
@@ -84,22 +86,32 @@ class Run:
         if self.budget.spent():
             answer: Dict[str, Any] = {"skipped": f"the budget of {self.settings.budget_s:g} s was spent"}
         else:
-            if not self._set_up:
-                answer = self._start()
-            if self._set_up:
-                limit = self.settings.timeout_s * (STEP_TIMES if task["op"] == "step" else 1)
-                answer = self.team.ask(task, limit)
+            answer = self._ask(task)
         reason = answer.get("skipped") or answer.get("failed") or answer.get("wrong")
         if reason:
             named = {name: value for name, value in task.items() if name != "op"}
             data["skipped"].append({**named, "reason": reason})
-        if "failed" in answer:
-            self._set_up = False
         self.failed = self.failed or "failed" in answer or "wrong" in answer
         if "us" in answer:
             data["results"].extend(self.lines_of(task, answer))
         times = ", ".join(f"{mode} {us:.2f} us" for mode, us in answer.get("us", {}).items())
         self.say(f"{count} {kinds.label(task)}: {', '.join(filter(None, [times, reason]))}")
+
+    def _ask(self, task: Dict[str, Any]) -> Dict[str, Any]:
+        """The ranks' answer; they are started first where there are none."""
+        who = (task["op"], task["provider"], task["algo"])
+        for what in (who, "start"):
+            if self._failures.get(what, 0) >= ENOUGH_FAILURES:
+                return {"skipped": f"it failed {ENOUGH_FAILURES} times before"}
+        answer: Dict[str, Any] = {} if self._set_up else self._start()
+        what = "start"
+        if self._set_up:
+            what = who
+            answer = self.team.ask(task, self.settings.timeout_s * (STEP_TIMES if task["op"] == "step" else 1))
+        if "failed" in answer:
+            self._set_up = False
+            self._failures[what] = self._failures.get(what, 0) + 1
+        return answer
 
     def lines_of(self, task: Dict[str, Any], answer: Dict[str, Any]) -> List[Dict[str, Any]]:
         """A result for each mode that was timed, or one without a time where the result was wrong."""

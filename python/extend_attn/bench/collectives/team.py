@@ -36,7 +36,12 @@ class Team:
             self._workers = self._processes()
         with ThreadPoolExecutor(len(self._workers)) as pool:
             futures = {pool.submit(worker.ask, dict(task), limit_s): worker for worker in self._workers}
-            self._wait(futures)
+            try:
+                self._wait(futures)
+            except BaseException:  # an interrupt: the pool would wait for the workers, which may hang
+                for worker in self._workers:
+                    worker.kill()
+                raise
         answers = [future.result() for future in futures]
         if any("failed" in answer for answer in answers):
             self.stop()
