@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from extend_attn.bench import main, results
 from extend_attn.bench.collectives import tasks
@@ -21,7 +20,6 @@ from extend_attn.bench.providers.base import OWN
 from extend_attn.comm.policy import MODES, Policy, Threshold
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-CPU = torch.device("cpu")
 KIB, MIB = 1 << 10, 1 << 20
 
 
