@@ -23,7 +23,7 @@ part() { # part LIMIT_S NAME COMMAND...
     timeout -k 5 "$limit" "$@" > "$out/$what.log" 2>&1
     local status=$?
     [ "$status" = 0 ] || failed=1
-    echo "== $what: status $status, $((SECONDS - started)) s: $(grep -E 'passed|failed|error|ranks on' "$out/$what.log" | tail -1)"
+    echo "== $what: status $status, $((SECONDS - started)) s: $(grep -E 'passed|failed|rror|ranks on' "$out/$what.log" | tail -1)"
 }
 
 nvidia-smi topo -m > "$out/topology.log" 2>&1
