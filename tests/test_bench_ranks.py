@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 
 import pytest
 import torch
 
 from extend_attn.bench import main, results
-from extend_attn.bench.collectives import all_reduce, clock, tasks
+from extend_attn.bench.collectives import all_reduce, capturing, clock, tasks
 from extend_attn.bench.collectives.arithmetic import sizes_named
 from extend_attn.bench.collectives.decoder import Batch, Decoder, lockstep
 from extend_attn.bench.collectives.providers import Providers
@@ -137,28 +139,81 @@ def test_a_wrong_result_is_a_line_without_a_time(tmp_path):
 
 
 class Sums:
-    """all_reduce for ranks that call one after the other: the last call of a round writes all sums."""
+    """One rank's communicator: a call's sum is written when the last rank has come to that call."""
 
-    def __init__(self, world: int, off_by: float = 0.0) -> None:
-        self.world, self.off_by, self.waiting = world, off_by, []
+    def __init__(self, queues, rank: int, off_by: float = 0.0) -> None:
+        self.queues, self.rank, self.off_by = queues, rank, off_by
 
     def all_reduce(self, x, *, out=None, algo="auto"):
         out = torch.empty_like(x) if out is None else out
-        self.waiting.append((x, out))
-        if len(self.waiting) == self.world:
-            total = sum(one.float() for one, _ in self.waiting) + self.off_by
-            for _, into in self.waiting:
-                into.copy_(total)
-            self.waiting = []
+        if FakeGraph.capturing is None:
+            self.call(x, out)
+        else:
+            FakeGraph.capturing.calls.append(lambda: self.call(x, out))
         return out
+
+    def call(self, x, out):
+        self.queues[self.rank].append((x, out))
+        while all(self.queues):
+            calls = [queue.pop(0) for queue in self.queues]
+            total = sum(one.float() for one, _ in calls) + self.off_by
+            for _, into in calls:
+                into.copy_(total)
+
+    @contextlib.contextmanager
+    def capture(self):
+        yield
 
     def check(self):
         pass
 
 
+class FakeGraph:
+    """What a CPU has for a CUDA graph in these tests: the communicator's calls, made again by a replay."""
+
+    capturing = None
+    stale = False  # a replay that does nothing
+
+    def __init__(self) -> None:
+        self.calls = []
+
+    def replay(self):
+        for call in [] if FakeGraph.stale else self.calls:
+            call()
+
+    def pool(self):
+        return 0
+
+    @staticmethod
+    @contextlib.contextmanager
+    def capture(graph, stream=None, pool=None):
+        FakeGraph.capturing = graph
+        try:
+            yield
+        finally:
+            FakeGraph.capturing = None
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch):
+    """The benches' GPU side, with graphs and clocks of these tests."""
+    monkeypatch.setattr(Ranks, "on_gpu", True)
+    monkeypatch.setattr(Ranks, "synchronize", lambda self: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", FakeGraph.capture)
+    monkeypatch.setattr(FakeGraph, "stale", False)
+
+    def slowest(ranks, work, spans):
+        for _ in range(spans):
+            work()
+        return 100.0
+
+    monkeypatch.setattr(clock, "_slowest", slowest)
+
+
 def virtual(off_by: float = 0.0) -> Ranks:
-    comm = Sums(2, off_by)
-    return Ranks(2, [Member(rank, CPU, comm=comm) for rank in range(2)], virtual=True)
+    queues = [[], []]
+    return Ranks(2, [Member(rank, CPU, comm=Sums(queues, rank, off_by)) for rank in range(2)], virtual=True)
 
 
 TASK = {"op": "all_reduce", "bytes": 4098, "dtype": "bfloat16", "provider": OWN, "algo": "auto"}
@@ -171,6 +226,27 @@ def test_a_right_sum_is_timed_and_a_wrong_one_is_not():
     ranks = virtual(off_by=1.0)
     answer = all_reduce.measure(ranks, Providers(ranks, 4098), TASK)
     assert answer["us"] == {} and "wrong result of an eager call" in answer["wrong"]
+
+
+def test_replays_are_timed_by_the_call_and_checked(graphs_on_cpu):
+    ranks = virtual()
+    answer = all_reduce.measure(ranks, Providers(ranks, 4098), TASK)
+    assert answer == {"us": {"eager": 2.0, "graph": 2.0}, "error": 0.0}  # 50 calls in 100 us
+    FakeGraph.stale = True
+    answer = all_reduce.measure(ranks, Providers(ranks, 4098), TASK)
+    assert "wrong result of a replay" in answer["wrong"] and answer["error"] == math.inf
+
+
+def test_captures_are_timed_whole_and_checked(graphs_on_cpu):
+    ranks = virtual()
+    for task in tasks.capture([3]):
+        if task["provider"] in (OWN, "none"):
+            answer = capturing.measure(ranks, Providers(ranks, task["bytes"]), {"dtype": "bfloat16", **task})
+            assert answer["us"]["graph"] > 0 and answer["error"] == 0 and "wrong" not in answer
+    FakeGraph.stale = True
+    task = {"dtype": "bfloat16", **tasks.capture([1])[2]}
+    answer = capturing.measure(ranks, Providers(ranks, task["bytes"]), task)
+    assert answer["us"] == {} and "wrong result of a replay" in answer["wrong"]
 
 
 def test_virtual_ranks_have_no_nccl():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Callable, Dict, List, Mapping
 
@@ -48,6 +49,9 @@ def measure(ranks: Ranks, providers: Providers, task: Mapping[str, Any]) -> Dict
     started = time.perf_counter()
     graphs = _capture_all(ranks, body, task["graphs"])
     us = 1e6 * (time.perf_counter() - started)
+    for out in outs.values():
+        out.fill_(math.nan)  # what an eager call left there must not pass for the replay's
+    ranks.barrier()
     clock.replay(ranks, graphs[-1])
     ranks.synchronize()
     answer: Dict[str, Any] = {"us": {"graph": us}, "error": 0.0}
