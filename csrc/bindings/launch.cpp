@@ -24,20 +24,22 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 
 void check_width(const char* name, std::int64_t width, std::int64_t least) {
   check_argument(width >= least && width <= kMaxWidth && width % kWidthMultiple == 0, name,
-                 "got a width of " + std::to_string(width) + " elements; it must be a multiple of 8 from " + std::to_string(least) +
-                     " to " + std::to_string(kMaxWidth));
+                 "got a width of " + std::to_string(width) + " elements; it must be a multiple of 8 from " +
+                     std::to_string(least) + " to " + std::to_string(kMaxWidth));
 }
 
 void check_stride(const char* name, std::int64_t stride, std::int64_t width, std::int64_t tokens, DType dtype) {
   if (tokens <= 1) return;
   check_argument(stride >= width, name,
                  "got a row stride of " + std::to_string(stride) + " elements for rows of " + std::to_string(width));
-  check_argument(stride * element_bytes(dtype) % std::int64_t(kVectorBytes) == 0, name,
-                 "got a row stride of " + std::to_string(stride * element_bytes(dtype)) + " bytes; it must be a multiple of 16");
+  check_argument(
+      stride * element_bytes(dtype) % std::int64_t(kVectorBytes) == 0, name,
+      "got a row stride of " + std::to_string(stride * element_bytes(dtype)) + " bytes; it must be a multiple of 16");
 }
 
 template <typename Params>
-void launch_kernel(const void* kernel, const char* name, const Params& params, LaunchShape shape, bool dependent, cudaStream_t stream) {
+void launch_kernel(const void* kernel, const char* name, const Params& params, LaunchShape shape, bool dependent,
+                   cudaStream_t stream) {
   if (kernel == nullptr) throw std::invalid_argument(std::string("dtype: this build has no ") + name + " for it");
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -57,7 +59,8 @@ void launch_kernel(const void* kernel, const char* name, const Params& params, L
 int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 void check_call(const AllReduceCall& call, const ControllerOptions& options) {
-  check_argument(call.count > 0 && static_cast<std::uint64_t>(call.count) <= kMaxHeaderSize, "count", "got " + std::to_string(call.count));
+  check_argument(call.count > 0 && static_cast<std::uint64_t>(call.count) <= kMaxHeaderSize, "count",
+                 "got " + std::to_string(call.count));
   check_aligned("x", as_pointer(call.input));
   check_aligned("out", as_pointer(call.output));
   const std::uint64_t bytes = static_cast<std::uint64_t>(call.count) * element_bytes(call.dtype);
@@ -66,12 +69,14 @@ void check_call(const AllReduceCall& call, const ControllerOptions& options) {
                  "got " + std::to_string(bytes) + " bytes; this communicator was made with " +
                      (call.op == Op::kOneShotPush ? "max_push_bytes=" : "max_bytes=") + std::to_string(room));
   const bool apart = call.output + bytes <= call.input || call.input + bytes <= call.output;
-  check_argument(call.input == call.output || apart, "out", "overlaps x in part; it must be x itself or disjoint from it");
+  check_argument(call.input == call.output || apart, "out",
+                 "overlaps x in part; it must be x itself or disjoint from it");
 }
 
 void check_call(const QkNormCall& call, const ControllerOptions& options) {
-  check_argument(call.tokens > 0 && call.tokens <= kMaxTokens, "q",
-                 "got " + std::to_string(call.tokens) + " tokens; at most " + std::to_string(kMaxTokens) + " in one call");
+  check_argument(
+      call.tokens > 0 && call.tokens <= kMaxTokens, "q",
+      "got " + std::to_string(call.tokens) + " tokens; at most " + std::to_string(kMaxTokens) + " in one call");
   check_argument(options.world == 2 || options.world == 4 || options.world == 8, "comm",
                  "got " + std::to_string(options.world) + " ranks; fused_parallel_qknorm serves 2, 4 and 8");
   check_width("q", call.q_width, kMinQWidth);
@@ -83,9 +88,10 @@ void check_call(const QkNormCall& call, const ControllerOptions& options) {
   check_aligned("q_weight", as_pointer(call.q_weight));
   check_aligned("k_weight", as_pointer(call.k_weight));
   const std::uint64_t bytes = static_cast<std::uint64_t>(call.tokens) * kQkNormBytesPerToken;
-  check_argument(bytes <= options.max_push_bytes, "q",
-                 "got " + std::to_string(call.tokens) + " tokens, which push " + std::to_string(bytes) +
-                     " bytes; this communicator was made with max_push_bytes=" + std::to_string(options.max_push_bytes));
+  check_argument(
+      bytes <= options.max_push_bytes, "q",
+      "got " + std::to_string(call.tokens) + " tokens, which push " + std::to_string(bytes) +
+          " bytes; this communicator was made with max_push_bytes=" + std::to_string(options.max_push_bytes));
 }
 
 LaunchShape all_reduce_shape(Op op, DType dtype, std::int64_t count, int world, int max_blocks) {
@@ -126,7 +132,8 @@ void launch(Controller& controller, const AllReduceCall& call, const LaunchOptio
   const void* kernel = call.op == Op::kOneShotPush   ? set.one_shot_push
                        : call.op == Op::kOneShotPull ? set.one_shot_pull
                                                      : set.two_shot_pull;
-  launch_kernel(kernel, "all-reduce", params, all_reduce_shape(call.op, call.dtype, call.count, o.world, options.max_blocks),
+  launch_kernel(kernel, "all-reduce", params,
+                all_reduce_shape(call.op, call.dtype, call.count, o.world, options.max_blocks),
                 options.dependent_launch, stream);
 }
 
@@ -143,21 +150,24 @@ void launch(Controller& controller, const QkNormCall& call, const LaunchOptions&
   params.k_weight = as_pointer(call.k_weight);
   params.q_stride = call.q_stride;
   params.k_stride = call.k_stride;
-  params.call = pack_call(Op::kTpQkNorm, static_cast<int>(call.dtype),
-                          pack_qknorm_size(static_cast<std::uint64_t>(call.tokens), static_cast<std::uint64_t>(call.q_width),
-                                           static_cast<std::uint64_t>(call.k_width)));
+  params.call =
+      pack_call(Op::kTpQkNorm, static_cast<int>(call.dtype),
+                pack_qknorm_size(static_cast<std::uint64_t>(call.tokens), static_cast<std::uint64_t>(call.q_width),
+                                 static_cast<std::uint64_t>(call.k_width)));
   params.tokens = static_cast<int>(call.tokens);
   params.q_width = static_cast<int>(call.q_width);
   params.k_width = static_cast<int>(call.k_width);
   params.team_warps = team_warps(call.dtype, call.q_width, call.k_width);
   params.eps = call.eps;
   launch_kernel(kernels_of(call.dtype).tp_qknorm, "tp_qknorm", params,
-                qknorm_shape(call.dtype, call.tokens, call.q_width, call.k_width, options.max_blocks), options.dependent_launch, stream);
+                qknorm_shape(call.dtype, call.tokens, call.q_width, call.k_width, options.max_blocks),
+                options.dependent_launch, stream);
 }
 
 int load_kernels(DType dtype) {
   const KernelSet& set = kernels_of(dtype);
-  check_argument(set.one_shot_push != nullptr, "dtypes", "this build of the module lacks type " + std::to_string(static_cast<int>(dtype)));
+  check_argument(set.one_shot_push != nullptr, "dtypes",
+                 "this build of the module lacks type " + std::to_string(static_cast<int>(dtype)));
   int device = 0, processors = 0, fewest = 1 << 30;
   EXTEND_ATTN_CUDA_CHECK(cudaGetDevice(&device));
   EXTEND_ATTN_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));

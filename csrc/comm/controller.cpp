@@ -11,16 +11,21 @@ namespace {
 
 constexpr std::size_t kSlotBytes = kMaxRanks * sizeof(std::uint64_t);
 constexpr std::uint64_t kProbeWord = 0x70726f6265000000ull;  // "probe", then the ranks
-constexpr std::uint64_t probe_word(int from, int to) { return kProbeWord | std::uint64_t(from) << 8 | std::uint64_t(to); }
+constexpr std::uint64_t probe_word(int from, int to) {
+  return kProbeWord | std::uint64_t(from) << 8 | std::uint64_t(to);
+}
 
 }  // namespace
 
 void check_options(const ControllerOptions& o) {
-  check_argument(o.world >= kMinRanks && o.world <= kMaxRanks, "world_size",
-                 "got " + std::to_string(o.world) + "; the kernels serve 2 to 8 ranks (use torch.distributed.all_reduce)");
-  check_argument(o.rank >= 0 && o.rank < o.world, "rank", "got " + std::to_string(o.rank) + " of " + std::to_string(o.world));
+  check_argument(
+      o.world >= kMinRanks && o.world <= kMaxRanks, "world_size",
+      "got " + std::to_string(o.world) + "; the kernels serve 2 to 8 ranks (use torch.distributed.all_reduce)");
+  check_argument(o.rank >= 0 && o.rank < o.world, "rank",
+                 "got " + std::to_string(o.rank) + " of " + std::to_string(o.world));
   check_argument(o.max_bytes >= kVectorBytes, "max_bytes", "got " + std::to_string(o.max_bytes) + "; at least 16");
-  check_argument(o.max_push_bytes >= kVectorBytes, "max_push_bytes", "got " + std::to_string(o.max_push_bytes) + "; at least 16");
+  check_argument(o.max_push_bytes >= kVectorBytes, "max_push_bytes",
+                 "got " + std::to_string(o.max_push_bytes) + "; at least 16");
   check_argument(o.timeout_ns > 0, "timeout_s", "got 0; it must be positive");
 }
 
@@ -92,8 +97,8 @@ std::string Controller::check_probes() const {
     EXTEND_ATTN_CUDA_CHECK(cudaMemcpy(words, view_.workspace[owner] + kProbeOffset, bytes, cudaMemcpyDeviceToHost));
     for (int from = 0; from < options_.world; ++from) {
       if (words[from] != probe_word(from, owner)) {
-        return "what rank " + std::to_string(from) + " wrote to rank " + std::to_string(owner) + " is not there when rank " +
-               std::to_string(options_.rank) + " reads it";
+        return "what rank " + std::to_string(from) + " wrote to rank " + std::to_string(owner) +
+               " is not there when rank " + std::to_string(options_.rank) + " reads it";
       }
     }
   }
@@ -108,12 +113,14 @@ void Controller::order(cudaStream_t stream) {
     return status == cudaStreamCaptureStatusActive ? id : 0;
   };
   const unsigned long long capture = capture_of(stream);
-  // A captured call runs when its graph is replayed: it waits for earlier calls of its capture only, an eager one for eager ones.
+  // A captured call runs when its graph is replayed: it waits for earlier calls of its capture only, an eager one for
+  // eager ones.
   LastCall& last = capture != 0 ? captured_ : eager_;
   if (last.any && last.stream != stream && last.capture == capture) {
     if (capture_of(last.stream) != capture) {
-      throw std::runtime_error("the stream of the previous call is being captured, so this call, on another stream, can't wait for it; "
-                               "end the capture first, or use a second communicator");
+      throw std::runtime_error(
+          "the stream of the previous call is being captured, so this call, on another stream, can't wait for it; "
+          "end the capture first, or use a second communicator");
     }
     EXTEND_ATTN_CUDA_CHECK(cudaEventRecord(event_, last.stream));
     EXTEND_ATTN_CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0));
@@ -147,8 +154,9 @@ const void* Controller::slot_address(int slot) const {
 
 void Controller::fill_slot(int slot, const std::vector<std::uint64_t>& inputs) {
   require_open();
-  check_argument(static_cast<int>(inputs.size()) == options_.world, "inputs",
-                 "got " + std::to_string(inputs.size()) + " addresses for " + std::to_string(options_.world) + " ranks");
+  check_argument(
+      static_cast<int>(inputs.size()) == options_.world, "inputs",
+      "got " + std::to_string(inputs.size()) + " addresses for " + std::to_string(options_.world) + " ranks");
   std::uint64_t row[kMaxRanks] = {};
   for (int r = 0; r < options_.world; ++r) {
     check_aligned("inputs", reinterpret_cast<const void*>(inputs[r]));

@@ -1,5 +1,5 @@
-// One rank's side of a communicator on the host: its workspace, the peers' as mapped here, the error record, the tables of captured
-// inputs, and the order of its calls. It knows no kernel.
+// One rank's side of a communicator on the host: its workspace, the peers' as mapped here, the error record, the tables
+// of captured inputs, and the order of its calls. It knows no kernel.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -43,7 +43,8 @@ class Controller {
 
   // Maps a peer's workspace; exactly one of `handle` and `address` is given.
   void connect(int peer, const std::string& handle, std::uint64_t address);
-  // Before the first call: each rank writes a word to every peer, and after all have, looks for theirs and reads them at the peers.
+  // Before the first call: each rank writes a word to every peer, and after all have, looks for theirs and reads them
+  // at the peers.
   void write_probes();
   std::string check_probes() const;  // "" or what went wrong
 

@@ -16,7 +16,8 @@ AddressRange find_address_range() {
   void* entry = nullptr;
   cudaDriverEntryPointQueryResult found{};
 #if CUDART_VERSION >= 12050
-  const cudaError_t code = cudaGetDriverEntryPointByVersion("cuMemGetAddressRange", &entry, 12000, cudaEnableDefault, &found);
+  const cudaError_t code =
+      cudaGetDriverEntryPointByVersion("cuMemGetAddressRange", &entry, 12000, cudaEnableDefault, &found);
 #else
   const cudaError_t code = cudaGetDriverEntryPoint("cuMemGetAddressRange", &entry, cudaEnableDefault, &found);
 #endif
@@ -53,8 +54,9 @@ std::optional<Export> export_memory(std::uint64_t address) {
 
 std::uint64_t Imports::open(const std::string& handle) {
   cudaIpcMemHandle_t raw;
-  check_argument(handle.size() == sizeof(raw), "handle",
-                 "got " + std::to_string(handle.size()) + " bytes; a CUDA IPC handle has " + std::to_string(sizeof(raw)));
+  check_argument(
+      handle.size() == sizeof(raw), "handle",
+      "got " + std::to_string(handle.size()) + " bytes; a CUDA IPC handle has " + std::to_string(sizeof(raw)));
   std::memcpy(&raw, handle.data(), sizeof(raw));
   void* base = nullptr;
   EXTEND_ATTN_CUDA_CHECK(cudaIpcOpenMemHandle(&base, raw, cudaIpcMemLazyEnablePeerAccess));

@@ -16,11 +16,12 @@ struct Export {
   std::uint64_t base;  // address here; names the allocation
 };
 
-// Nothing if the memory can't be exported: expandable segments and other virtual memory, cudaMallocAsync, not device memory. May be
-// called during a stream capture.
+// Nothing if the memory can't be exported: expandable segments and other virtual memory, cudaMallocAsync, not device
+// memory. May be called during a stream capture.
 std::optional<Export> export_memory(std::uint64_t address);
 
-// Mappings of other processes' allocations, closed together. CUDA counts openings of one handle, so a handle may be opened by several.
+// Mappings of other processes' allocations, closed together. CUDA counts openings of one handle, so a handle may be
+// opened by several.
 class Imports {
  public:
   ~Imports() { close(); }

@@ -1,5 +1,5 @@
-// How the blocks of all ranks wait for each other: with a deadline in every wait, so that a rank that is gone or does something
-// else ends the call with an error and never hangs the GPU.
+// How the blocks of all ranks wait for each other: with a deadline in every wait, so that a rank that is gone or does
+// something else ends the call with an error and never hangs the GPU.
 #pragma once
 
 #include "../portability/atomics.cuh"
@@ -42,8 +42,8 @@ struct Call {
   unsigned long long deadline;
 };
 
+// Comes after wait_for_previous_grid().
 __device__ __forceinline__ Call begin_call(const CommView& c, std::uint64_t call_word) {
-  wait_for_previous_grid();
   // Epoch and flag in one read, past L1: the flag may be set by another block of this very call.
   const uint2 state = load_relaxed_sys(reinterpret_cast<const uint2*>(state_of(c)));
   Call call;
@@ -56,7 +56,8 @@ __device__ __forceinline__ Call begin_call(const CommView& c, std::uint64_t call
 }
 
 // The first failure of a rank is the one that is reported.
-static __device__ __noinline__ void fail(const CommView& c, const Call& call, Failure why, int peer, std::uint64_t theirs) {
+static __device__ __noinline__ void fail(const CommView& c, const Call& call, Failure why, int peer,
+                                         std::uint64_t theirs) {
   if (atomicCAS(&state_of(c)->failed, 0u, 1u) != 0u) return;
   ErrorRecord* record = c.record;
   record->peer = static_cast<std::uint32_t>(peer);
@@ -67,8 +68,8 @@ static __device__ __noinline__ void fail(const CommView& c, const Call& call, Fa
   store_release_sys(&record->code, static_cast<std::uint32_t>(why));
 }
 
-// Tells `peer` what this rank is doing. One block sends, before its first data. The release orders what the calls before this one
-// did (reading slots and clearing them) before what the peer does once it has seen the header.
+// Tells `peer` what this rank is doing. One block sends, before its first data. The release orders what the calls
+// before this one did (reading slots and clearing them) before what the peer does once it has seen the header.
 __device__ __forceinline__ void send_header(const CommView& c, const Call& call, int peer) {
   store_release_sys(header_at(c, peer, call.epoch, c.rank), call.header);
 }
@@ -78,8 +79,8 @@ template <typename GiveUp>
 __device__ __forceinline__ bool receive_header(const CommView& c, const Call& call, int peer, GiveUp give_up) {
   std::uint64_t theirs = 0;
   const std::uint64_t* slot = header_at(c, c.rank, call.epoch, peer);
-  const bool came = wait_until(
-      call.deadline, [&] { return is_of_epoch(theirs = load_acquire_sys(slot), call.epoch); }, give_up);
+  const bool came =
+      wait_until(call.deadline, [&] { return is_of_epoch(theirs = load_acquire_sys(slot), call.epoch); }, give_up);
   if (came && theirs == call.header) return true;
   if (came) {
     fail(c, call, Failure::kDisagreement, peer, theirs);
@@ -91,8 +92,9 @@ __device__ __forceinline__ bool receive_header(const CommView& c, const Call& ca
 
 __device__ __forceinline__ bool never() { return false; }
 
-// All blocks of number blockIdx.x, one a rank, meet: what their threads wrote or read before is done for all threads after. The
-// first warp signals, the second one compares headers in the first phase. False for the whole block if a wait failed.
+// All blocks of number blockIdx.x, one a rank, meet: what their threads wrote or read before is done for all threads
+// after. The first warp signals, the second one compares headers in the first phase. False for the whole block if a
+// wait failed.
 __device__ __forceinline__ bool meet(const CommView& c, const Call& call, int phase, bool good) {
   __syncthreads();  // joins the threads' accesses to the release below
   const int thread = threadIdx.x, peer = threadIdx.x % 32;
@@ -118,8 +120,10 @@ __device__ __forceinline__ void finish_call(const CommView& c, const Call& call,
   stall(c, call.epoch, 1);
   __shared__ bool last;
   __syncthreads();
+  // After the block's last wait: what becomes resident now takes no room from a block that another rank waits for.
+  let_next_grid_start();
   State* state = state_of(c);
-  if (threadIdx.x == 0) last = add_acq_rel_gpu(&state->arrived, 1) == gridDim.x - 1;
+  if (threadIdx.x == 0) last = gridDim.x == 1 || add_acq_rel_gpu(&state->arrived, 1) == gridDim.x - 1;
   __syncthreads();
   if (!last) return;
   const bool failed = load_relaxed_sys(reinterpret_cast<const uint2*>(state)).y != 0;

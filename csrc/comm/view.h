@@ -18,9 +18,9 @@ namespace extend_attn {
 
 constexpr int kMinRanks = 2;
 constexpr int kMaxRanks = 8;
-constexpr int kEpochs = 2;      // a slot is written again two calls later, after every peer has shown that it read it
+constexpr int kEpochs = 2;       // a slot is written again two calls later, after every peer has shown that it read it
 constexpr int kMaxBlocks = 128;  // blocks of a pull, each with signals of its own
-constexpr int kPhases = 3;      // start, middle, end of a pull
+constexpr int kPhases = 3;       // start, middle, end of a pull
 
 // Counted by the calls of one rank; equal on all ranks as long as they agree.
 struct State {
@@ -31,8 +31,8 @@ struct State {
 };
 
 constexpr std::size_t kStateOffset = 0;
-constexpr std::size_t kHeaderOffset = 256;  // u64 [kEpochs][kMaxRanks]
-constexpr std::size_t kProbeOffset = 512;   // u64 [kMaxRanks]
+constexpr std::size_t kHeaderOffset = 256;   // u64 [kEpochs][kMaxRanks]
+constexpr std::size_t kProbeOffset = 512;    // u64 [kMaxRanks]
 constexpr std::size_t kSignalOffset = 1024;  // u32 [kPhases][kMaxBlocks][kMaxRanks]
 constexpr std::size_t kPushOffset = 16 * 1024;
 static_assert(kSignalOffset + sizeof(std::uint32_t) * kPhases * kMaxBlocks * kMaxRanks <= kPushOffset, "signals fit");
@@ -85,7 +85,8 @@ EXTEND_ATTN_HD std::uint64_t* header_at(const CommView& c, int owner, std::uint3
   return reinterpret_cast<std::uint64_t*>(c.workspace[owner] + kHeaderOffset) + (epoch % kEpochs) * kMaxRanks + from;
 }
 EXTEND_ATTN_HD std::uint32_t* signal_at(const CommView& c, int owner, int phase, int block, int from) {
-  return reinterpret_cast<std::uint32_t*>(c.workspace[owner] + kSignalOffset) + (phase * kMaxBlocks + block) * kMaxRanks + from;
+  return reinterpret_cast<std::uint32_t*>(c.workspace[owner] + kSignalOffset) +
+         (phase * kMaxBlocks + block) * kMaxRanks + from;
 }
 // What `from` pushes to `owner`: every operation uses this one base and stride.
 EXTEND_ATTN_HD char* push_slot(const CommView& c, int owner, std::uint32_t epoch, int from) {

@@ -1,10 +1,11 @@
-// Pull: ranks meet, then read each other's inputs. One-shot: every rank sums everything. Two-shot: every rank sums one chunk, they
-// meet, and each gathers the chunks.
+// Pull: ranks meet, then read each other's inputs. One-shot: every rank sums everything. Two-shot: every rank sums one
+// chunk, they meet, and each gathers the chunks.
 //
-// An input is read where it lies (a captured call whose address the peers have) or from its rank's staging, into which it is copied
-// first. Block b of a rank copies, and later reads at its peers, the same vectors that block b of each peer does, so blocks meet
-// by number and there is no meeting of whole grids. Staging is enough for every case: sums of a two-shot go to the own chunk of the
-// own staging, which no peer reads before the middle meeting, and a registered input is never written while a peer may read it.
+// An input is read where it lies (a captured call whose address the peers have) or from its rank's staging, into which
+// it is copied first. Block b of a rank copies, and later reads at its peers, the same vectors that block b of each
+// peer does, so blocks meet by number and there is no meeting of whole grids. Staging is enough for every case: sums of
+// a two-shot go to the own chunk of the own staging, which no peer reads before the middle meeting, and a registered
+// input is never written while a peer may read it.
 #pragma once
 
 #include "../comm/signal.cuh"
@@ -16,7 +17,8 @@ namespace extend_attn {
 enum Phase : int { kStart = 0, kMiddle = 1, kEnd = 2 };
 
 // Where rank r's input is read. False, with the failure noted, if the call was never registered.
-__device__ __forceinline__ bool find_inputs(const AllReduceParams& p, const Call& call, const void* (&input)[kMaxRanks]) {
+__device__ __forceinline__ bool find_inputs(const AllReduceParams& p, const Call& call,
+                                            const void* (&input)[kMaxRanks]) {
   bool known = true;
 #pragma unroll
   for (int r = 0; r < kMaxRanks; ++r) {
@@ -29,7 +31,8 @@ __device__ __forceinline__ bool find_inputs(const AllReduceParams& p, const Call
 }
 
 template <typename T>
-__device__ __forceinline__ uint4 sum_inputs(const AllReduceParams& p, const void* const (&input)[kMaxRanks], std::int64_t i) {
+__device__ __forceinline__ uint4 sum_inputs(const AllReduceParams& p, const void* const (&input)[kMaxRanks],
+                                            std::int64_t i) {
   uint4 v[kMaxRanks];
 #pragma unroll
   for (int r = 0; r < kMaxRanks; ++r) {
@@ -45,15 +48,16 @@ __device__ __forceinline__ uint4 sum_inputs(const AllReduceParams& p, const void
 
 template <typename T>
 __device__ __forceinline__ void end_pull(const AllReduceParams& p, const Call& call, std::int64_t vectors) {
-  let_next_grid_start();
   finish_call(p.comm, call, [&] {
-    for (std::int64_t i = threadIdx.x; i < vectors; i += blockDim.x) store_vector<T>(p.output, p.count, i, nan_vector());
+    for (std::int64_t i = threadIdx.x; i < vectors; i += blockDim.x)
+      store_vector<T>(p.output, p.count, i, nan_vector());
   });
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kPullThreads) one_shot_pull(const __grid_constant__ AllReduceParams p) {
   const CommView& c = p.comm;
+  wait_for_previous_grid();
   const Call call = begin_call(c, p.call);
   const std::int64_t vectors = (p.count + kPerVector<T> - 1) / kPerVector<T>;
   const std::int64_t first = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -88,6 +92,7 @@ __global__ void __launch_bounds__(kPullThreads) one_shot_pull(const __grid_const
 template <typename T>
 __global__ void __launch_bounds__(kPullThreads) two_shot_pull(const __grid_constant__ AllReduceParams p) {
   const CommView& c = p.comm;
+  wait_for_previous_grid();
   const Call call = begin_call(c, p.call);
   const std::int64_t vectors = (p.count + kPerVector<T> - 1) / kPerVector<T>;
   const std::int64_t chunk = (vectors + c.world - 1) / c.world;  // vectors that a rank sums
@@ -109,7 +114,8 @@ __global__ void __launch_bounds__(kPullThreads) two_shot_pull(const __grid_const
   const bool started = meet(c, call, kStart, ready);
   if (started) {
     const std::int64_t begin = c.rank * chunk;
-    for (std::int64_t i = first; i < chunk && begin + i < vectors; i += step) staging[begin + i] = sum_inputs<T>(p, input, begin + i);
+    for (std::int64_t i = first; i < chunk && begin + i < vectors; i += step)
+      staging[begin + i] = sum_inputs<T>(p, input, begin + i);
   }
   const bool summed = meet(c, call, kMiddle, started);
   if (summed) {

@@ -1,8 +1,10 @@
-// One-shot push: each rank writes its input into a slot at every peer, then sums the slots that the peers wrote into its own.
+// One-shot push: each rank writes its input into a slot at every peer, then sums the slots that the peers wrote into
+// its own.
 //
-// The data is its own flag: an empty slot is all zero words, and a zero word of data is sent as -0. A reader waits until each word
-// is not zero, so data needs no order. Sums start at +0, so the sign of a sent zero never shows. The reader clears what it read;
-// the slot is written again two calls later, which every writer reaches only after it had this rank's header of the call between.
+// The data is its own flag: an empty slot is all zero words, and a zero word of data is sent as -0. A reader waits
+// until each word is not zero, so data needs no order. Sums start at +0, so the sign of a sent zero never shows. The
+// reader clears what it read; the slot is written again two calls later, which every writer reaches only after it had
+// this rank's header of the call between.
 #pragma once
 
 #include "../comm/signal.cuh"
@@ -33,8 +35,8 @@ enum Verdict : int { kUnknown = 0, kAgreed = 1, kFailed = 2 };
 class VerdictBox {
  public:
   __device__ explicit VerdictBox(int* word) : word_(word) {}
-  __device__ void open(bool failed) { *word_ = failed ? kFailed : kUnknown; }
-  __device__ void put(Verdict v) { atomicMax(word_, v); }
+  __device__ void open(bool failed) const { *word_ = failed ? kFailed : kUnknown; }
+  __device__ void put(Verdict v) const { atomicMax(word_, v); }
   __device__ bool failed() const { return *static_cast<volatile int*>(word_) == kFailed; }
   __device__ bool agreed() const {
     int v;
@@ -57,12 +59,12 @@ __device__ __forceinline__ void judge(const CommView& c, const Call& call, Verdi
 
 // Spins on a slot word by word; reports the peer if it stays empty.
 template <typename Vector>
-__device__ __forceinline__ bool receive(const CommView& c, const Call& call, VerdictBox verdict, int peer, const Vector* slot,
-                                        Vector& v) {
+__device__ __forceinline__ bool receive(const CommView& c, const Call& call, VerdictBox verdict, int peer,
+                                        const Vector* slot, Vector& v) {
   v = load_relaxed_sys(slot);
   if (is_full(v)) return true;
-  const bool came = wait_until(
-      call.deadline, [&] { return is_full(v = load_relaxed_sys(slot)); }, [&] { return verdict.failed(); });
+  const bool came =
+      wait_until(call.deadline, [&] { return is_full(v = load_relaxed_sys(slot)); }, [&] { return verdict.failed(); });
   if (came) return true;
   if (!verdict.failed()) fail(c, call, Failure::kTimeout, peer, 0);
   verdict.put(kFailed);
@@ -72,24 +74,29 @@ __device__ __forceinline__ bool receive(const CommView& c, const Call& call, Ver
 template <typename T>
 __global__ void __launch_bounds__(kPushThreads + kWarp) one_shot_push(const __grid_constant__ AllReduceParams p) {
   const CommView& c = p.comm;
-  const Call call = begin_call(c, p.call);
   const int thread = threadIdx.x - kWarp;  // of the data threads; negative: the clerk
   const std::int64_t vectors = (p.count + kPerVector<T> - 1) / kPerVector<T>;
   const std::int64_t first = std::int64_t(blockIdx.x) * kPushThreads + thread;
   const std::int64_t step = std::int64_t(gridDim.x) * kPushThreads;
   __shared__ int verdict_word;
   const VerdictBox verdict(&verdict_word);
+  wait_for_previous_grid();
+  // A thread's first vector, all it has of a small message, is on its way while the epoch is read.
+  uint4 own_first = make_uint4(0, 0, 0, 0);
+  if (thread >= 0 && first < vectors) own_first = load_vector<T>(p.input, p.count, first);
+  const Call call = begin_call(c, p.call);
 
   if (thread < 0) {
-    if (threadIdx.x == 0) VerdictBox(verdict).open(call.failed);
+    if (threadIdx.x == 0) verdict.open(call.failed);
     if (!call.failed && blockIdx.x == 0 && threadIdx.x < c.world) send_header(c, call, threadIdx.x);
   } else if (!call.failed) {
     for (std::int64_t i = first; i < vectors; i += step) {
-      const uint4 mine = without_empty<T>(load_vector<T>(p.input, p.count, i));
+      const uint4 mine = without_empty<T>(i == first ? own_first : load_vector<T>(p.input, p.count, i));
 #pragma unroll
       for (int hop = 1; hop < kMaxRanks; ++hop) {  // start at the next rank, so that ranks do not all write to one
         const int peer = c.rank + hop < c.world ? c.rank + hop : c.rank + hop - c.world;
-        if (hop < c.world) store_relaxed_sys(reinterpret_cast<uint4*>(push_slot(c, peer, call.epoch, c.rank)) + i, mine);
+        if (hop < c.world)
+          store_relaxed_sys(reinterpret_cast<uint4*>(push_slot(c, peer, call.epoch, c.rank)) + i, mine);
       }
     }
   }
@@ -103,8 +110,11 @@ __global__ void __launch_bounds__(kPushThreads + kWarp) one_shot_push(const __gr
 #pragma unroll
       for (int r = 0; r < kMaxRanks; ++r) {  // all loads first: they are in flight together
         if (r >= c.world) continue;
-        v[r] = r == c.rank ? load_vector<T>(p.input, p.count, i)
-                           : load_relaxed_sys(reinterpret_cast<const uint4*>(push_slot(c, c.rank, call.epoch, r)) + i);
+        if (r != c.rank) {
+          v[r] = load_relaxed_sys(reinterpret_cast<const uint4*>(push_slot(c, c.rank, call.epoch, r)) + i);
+        } else {
+          v[r] = i == first ? own_first : load_vector<T>(p.input, p.count, i);
+        }
       }
 #pragma unroll
       for (int r = 0; r < kMaxRanks; ++r) {
@@ -123,9 +133,9 @@ __global__ void __launch_bounds__(kPushThreads + kWarp) one_shot_push(const __gr
       store_vector<T>(p.output, p.count, i, pack<T>(sum));
     }
   }
-  let_next_grid_start();
   finish_call(c, call, [&] {
-    for (std::int64_t i = threadIdx.x; i < vectors; i += blockDim.x) store_vector<T>(p.output, p.count, i, nan_vector());
+    for (std::int64_t i = threadIdx.x; i < vectors; i += blockDim.x)
+      store_vector<T>(p.output, p.count, i, nan_vector());
   });
 }
 

@@ -1,5 +1,6 @@
-// RMS norm of q and k in place, over rows whose width is sharded over the ranks: each rank pushes two sums of squares a token to
-// every rank, waits for the others', and scales its part. Slots, epochs and the sentinel are those of one_shot_push.
+// RMS norm of q and k in place, over rows whose width is sharded over the ranks: each rank pushes two sums of squares a
+// token to every rank, waits for the others', and scales its part. Slots, epochs and the sentinel are those of
+// one_shot_push.
 #pragma once
 
 #include "custom_all_reduce_push.cuh"
@@ -8,9 +9,9 @@ namespace extend_attn {
 
 constexpr int kQkNormThreads = kPushThreads;
 constexpr int kQkNormWarps = kQkNormThreads / kWarp;
-constexpr int kHeldVectors = 4;  // of a token, in each thread's registers between the two halves
+constexpr int kHeldVectors = 4;  // of a token, in each thread's registers
 
-// Warps that share a token. Named barrier 0 is __syncthreads; teams take 1 and up.
+// Warps that share a token. Named barrier 0 is __syncthreads; teams take 1 and up. Of no meaning in the clerk.
 struct Team {
   int warps, index, thread;
 
@@ -24,7 +25,6 @@ struct Team {
   __device__ int threads() const { return warps * kWarp; }
 };
 
-// Row of `vectors` at `row`: a thread's share of the sum of squares.
 template <typename T>
 __device__ __forceinline__ float sum_squares(const uint4& v) {
   float x[kPerVector<T>], sum = 0.f;
@@ -56,6 +56,10 @@ struct TokenRow {
         q_vectors(p.q_width / kPerVector<T>),
         vectors((p.q_width + p.k_width) / kPerVector<T>) {}
   __device__ uint4& operator[](int i) const { return i < q_vectors ? q[i] : k[i - q_vectors]; }
+  __device__ const uint4& weight(const QkNormParams& p, int i) const {
+    return i < q_vectors ? static_cast<const uint4*>(p.q_weight)[i]
+                         : static_cast<const uint4*>(p.k_weight)[i - q_vectors];
+  }
 };
 
 // Both sums over the team; valid in every thread. `scratch` holds two floats a warp of the block.
@@ -75,13 +79,16 @@ __device__ __forceinline__ float2 sum_over_team(const Team& team, float2 part, f
   return sum;
 }
 
-// The ranks' sums of a token, added in rank order; false if one never came. Each warp reads for itself, one lane a rank.
-__device__ __forceinline__ bool sum_over_ranks(const CommView& c, const Call& call, VerdictBox verdict, int token, float2& total) {
+// The ranks' sums of a token, added in rank order; false if one never came. Each warp reads for itself, one lane a
+// rank.
+__device__ __forceinline__ bool sum_over_ranks(const CommView& c, const Call& call, VerdictBox verdict, int token,
+                                               float2& total) {
   const int lane = threadIdx.x % kWarp;
   uint2 v = make_uint2(0, 0);
   bool good = true;
   if (lane < c.world) {
-    good = receive(c, call, verdict, lane, reinterpret_cast<const uint2*>(push_slot(c, c.rank, call.epoch, lane)) + token, v);
+    good = receive(c, call, verdict, lane,
+                   reinterpret_cast<const uint2*>(push_slot(c, c.rank, call.epoch, lane)) + token, v);
   }
   total = make_float2(0.f, 0.f);
   for (int r = 0; r < c.world; ++r) {
@@ -91,83 +98,70 @@ __device__ __forceinline__ bool sum_over_ranks(const CommView& c, const Call& ca
   return __all_sync(0xffffffffu, good);
 }
 
+// The vectors of one token that a thread keeps in registers, with their weights, between the two halves.
 template <typename T>
-__device__ __forceinline__ void norm_tokens(const QkNormParams& p, const Call& call, VerdictBox verdict, const Team& team,
-                                            int first, int step, const uint4 (&held)[kHeldVectors], bool holds) {
-  const CommView& c = p.comm;
-  const float q_width = float(p.q_width) * c.world, k_width = float(p.k_width) * c.world;
-  const uint4* q_weight = static_cast<const uint4*>(p.q_weight);
-  const uint4* k_weight = static_cast<const uint4*>(p.k_weight);
-  for (int token = first; token < p.tokens; token += step) {
-    float2 total;
-    const bool good = sum_over_ranks(c, call, verdict, token, total) && verdict.agreed();
-    team.sync();  // every warp has read the slots: the first may clear them
-    if (!good) continue;
-    if (team.thread < c.world) {
-      reinterpret_cast<uint2*>(push_slot(c, c.rank, call.epoch, team.thread))[token] = make_uint2(0, 0);
-    }
-    const float q_factor = rsqrtf(total.x / q_width + p.eps), k_factor = rsqrtf(total.y / k_width + p.eps);
+struct Held {
+  uint4 x[kHeldVectors], weight[kHeldVectors];
+
+  __device__ void load(const QkNormParams& p, const Team& team, std::int64_t token) {
     const TokenRow<T> row(p, token);
-    if (holds) {
 #pragma unroll
-      for (int h = 0; h < kHeldVectors; ++h) {
-        const int i = team.thread + h * team.threads();
-        if (i >= row.vectors) continue;
-        const bool is_q = i < row.q_vectors;
-        row[i] = scaled<T>(held[h], is_q ? q_weight[i] : k_weight[i - row.q_vectors], is_q ? q_factor : k_factor);
-      }
-    } else {
-      for (int i = team.thread; i < row.vectors; i += team.threads()) {
-        const bool is_q = i < row.q_vectors;
-        row[i] = scaled<T>(row[i], is_q ? q_weight[i] : k_weight[i - row.q_vectors], is_q ? q_factor : k_factor);
-      }
+    for (int h = 0; h < kHeldVectors; ++h) {
+      const int i = team.thread + h * team.threads();
+      x[h] = weight[h] = make_uint4(0, 0, 0, 0);
+      if (i < row.vectors) x[h] = row[i], weight[h] = row.weight(p, i);
     }
   }
+  __device__ float2 squares(const QkNormParams& p, const Team& team) const {
+    float2 part = make_float2(0.f, 0.f);
+#pragma unroll
+    for (int h = 0; h < kHeldVectors; ++h) {
+      const bool is_q = team.thread + h * team.threads() < p.q_width / kPerVector<T>;
+      (is_q ? part.x : part.y) += sum_squares<T>(x[h]);
+    }
+    return part;
+  }
+  __device__ void scale(const TokenRow<T>& row, const Team& team, float q_factor, float k_factor) const {
+#pragma unroll
+    for (int h = 0; h < kHeldVectors; ++h) {
+      const int i = team.thread + h * team.threads();
+      if (i < row.vectors) row[i] = scaled<T>(x[h], weight[h], i < row.q_vectors ? q_factor : k_factor);
+    }
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ float2 squares_of_row(const TokenRow<T>& row, const Team& team) {
+  float2 part = make_float2(0.f, 0.f);
+  for (int i = team.thread; i < row.vectors; i += team.threads())
+    (i < row.q_vectors ? part.x : part.y) += sum_squares<T>(row[i]);
+  return part;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kQkNormThreads + kWarp) tp_qknorm(const __grid_constant__ QkNormParams p) {
   const CommView& c = p.comm;
-  const Call call = begin_call(c, p.call);
   const int thread = threadIdx.x - kWarp;  // of the data threads; negative: the clerk
   __shared__ int verdict_word;
   __shared__ float2 scratch[kQkNormWarps];
-  VerdictBox verdict(&verdict_word);
-  Team team{p.team_warps, 0, 0};
+  const VerdictBox verdict(&verdict_word);
   const int teams = kQkNormWarps / p.team_warps;
-  int first = 0;
+  const Team team{p.team_warps, thread / (p.team_warps * kWarp), thread % (p.team_warps * kWarp)};
+  const int first = blockIdx.x * teams + team.index;
   const int step = gridDim.x * teams;
-  uint4 held[kHeldVectors] = {};
-  bool holds = false;
+  // A team with one token keeps it in registers; with more it reads each again, from L2 as a rule.
+  const bool holds = p.tokens <= step && (p.q_width + p.k_width) / kPerVector<T> <= kHeldVectors * team.threads();
+  Held<T> held;
+  wait_for_previous_grid();
+  if (thread >= 0 && holds && first < p.tokens) held.load(p, team, first);
+  const Call call = begin_call(c, p.call);
 
   if (thread < 0) {
     if (threadIdx.x == 0) verdict.open(call.failed);
     if (!call.failed && blockIdx.x == 0 && threadIdx.x < c.world) send_header(c, call, threadIdx.x);
-  } else {
-    team.index = thread / team.threads();
-    team.thread = thread % team.threads();
-    first = blockIdx.x * teams + team.index;
-    // A team with one token keeps it in registers; with more it reads each again, from L2 as a rule.
-    holds = p.tokens <= step && (p.q_width + p.k_width) / kPerVector<T> <= kHeldVectors * team.threads();
-    for (int token = first; !call.failed && token < p.tokens; token += step) {
-      const TokenRow<T> row(p, token);
-      float2 part = make_float2(0.f, 0.f);
-      if (holds) {
-#pragma unroll
-        for (int h = 0; h < kHeldVectors; ++h) {
-          const int i = team.thread + h * team.threads();
-          if (i < row.vectors) held[h] = row[i];
-        }
-#pragma unroll
-        for (int h = 0; h < kHeldVectors; ++h) {
-          const int i = team.thread + h * team.threads();
-          (i < row.q_vectors ? part.x : part.y) += sum_squares<T>(held[h]);
-        }
-      } else {
-        for (int i = team.thread; i < row.vectors; i += team.threads()) {
-          (i < row.q_vectors ? part.x : part.y) += sum_squares<T>(row[i]);
-        }
-      }
+  } else if (!call.failed) {
+    for (int token = first; token < p.tokens; token += step) {
+      const float2 part = holds ? held.squares(p, team) : squares_of_row(TokenRow<T>(p, token), team);
       const float2 sum = sum_over_team(team, part, scratch);
       if (team.thread < c.world) {
         const uint2 words =
@@ -180,9 +174,26 @@ __global__ void __launch_bounds__(kQkNormThreads + kWarp) tp_qknorm(const __grid
   if (thread < 0) {
     if (!call.failed) judge(c, call, verdict, threadIdx.x);
   } else if (!call.failed) {
-    norm_tokens<T>(p, call, verdict, team, first, step, held, holds);
+    const float q_width = float(p.q_width) * c.world, k_width = float(p.k_width) * c.world;
+    for (int token = first; token < p.tokens; token += step) {
+      float2 total;
+      const bool good = sum_over_ranks(c, call, verdict, token, total) && verdict.agreed();
+      team.sync();  // every warp has read the slots: the first may clear them
+      if (!good) continue;
+      if (team.thread < c.world) {
+        reinterpret_cast<uint2*>(push_slot(c, c.rank, call.epoch, team.thread))[token] = make_uint2(0, 0);
+      }
+      const float q_factor = rsqrtf(total.x / q_width + p.eps), k_factor = rsqrtf(total.y / k_width + p.eps);
+      const TokenRow<T> row(p, token);
+      if (holds) {
+        held.scale(row, team, q_factor, k_factor);
+      } else {
+        for (int i = team.thread; i < row.vectors; i += team.threads()) {
+          row[i] = scaled<T>(row[i], row.weight(p, i), i < row.q_vectors ? q_factor : k_factor);
+        }
+      }
+    }
   }
-  let_next_grid_start();
   finish_call(c, call, [&] {
     for (int token = 0; token < p.tokens; ++token) {
       const TokenRow<T> row(p, token);

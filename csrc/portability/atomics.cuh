@@ -1,9 +1,11 @@
 // Memory operations with a stated order, between the threads of all GPUs of a host (`sys`) or of one GPU (`gpu`).
 //
 // Two patterns, and nothing else, order what ranks write for each other:
-// - release / acquire on a word: what a thread wrote or had observed before a release is visible to whoever acquires the word it
+// - release / acquire on a word: what a thread wrote or had observed before a release is visible to whoever acquires
+// the word it
 //   wrote. Threads of one block join in through a block barrier before the release and one after the acquire.
-// - relaxed on words that are their own flag: the reader looks at nothing but the word itself, so no order is needed; a vector
+// - relaxed on words that are their own flag: the reader looks at nothing but the word itself, so no order is needed; a
+// vector
 //   is that many words, each checked, since only words are promised to arrive whole.
 #pragma once
 
@@ -32,7 +34,8 @@ __device__ __forceinline__ std::uint64_t load_acquire_sys(const std::uint64_t* a
 }
 
 __device__ __forceinline__ void store_relaxed_sys(uint4* address, uint4 v) {
-  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
                : "memory");
 }
 

@@ -30,8 +30,8 @@ class DeviceGuard {
 constexpr int kFirstArchWithDependentLaunch = 90;
 
 #ifdef __CUDACC__
-// Waits until the kernels before this one in the stream are complete and what they wrote is visible. Comes before the first
-// access to anything that they may touch. Nothing where the launch was an ordinary one.
+// Waits until the kernels before this one in the stream are complete and what they wrote is visible. Comes before the
+// first access to anything that they may touch. Nothing where the launch was an ordinary one.
 __device__ __forceinline__ void wait_for_previous_grid() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

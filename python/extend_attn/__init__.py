@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         redundant_attention,
     )
     from .checks import last_error
+    from .ops.tp_qknorm import fused_parallel_qknorm
     from .plan import DeviceSpec, Plan, Tile
     from .problem import Problem
     from .selection import explain, select_plan
@@ -33,6 +34,7 @@ _HOME = {
     "warmup": "warming",
     "WarmupReport": "warming",
     "last_error": "checks",
+    "fused_parallel_qknorm": "ops.tp_qknorm",
     "Problem": "problem",
     "Plan": "plan",
     "Tile": "plan",
@@ -41,7 +43,7 @@ _HOME = {
     "explain": "selection",
 }
 # Submodules that may be reached as attributes without an import of their own.
-_SUBMODULES = frozenset({"bench", "plan", "problem", "reference"})
+_SUBMODULES = frozenset({"bench", "comm", "plan", "problem", "reference"})
 
 __all__ = [
     "DeviceSpec",
@@ -54,6 +56,7 @@ __all__ = [
     "explain",
     "extend_attention_fwd",
     "extend_attention_fwd_unified",
+    "fused_parallel_qknorm",
     "last_error",
     "redundant_attention",
     "select_plan",

@@ -28,9 +28,19 @@ class PeerLost(CommError):
 
 
 # CUDA errors that a dead exporter's memory was seen to give; the context is lost with most of them.
-_LOST = ("cudaErrorIllegalAddress", "cudaErrorLaunchFailure", "cudaErrorMapBufferObjectFailed", "cudaErrorECCUncorrectable",
-         "cudaErrorNvlinkUncorrectable", "cudaErrorHardwareStackError", "cudaErrorContained", "cudaErrorUnknown",
-         "cudaErrorInvalidResourceHandle", "cudaErrorMpsClientTerminated", "cudaErrorExternalDevice")
+_LOST = (
+    "cudaErrorIllegalAddress",
+    "cudaErrorLaunchFailure",
+    "cudaErrorMapBufferObjectFailed",
+    "cudaErrorECCUncorrectable",
+    "cudaErrorNvlinkUncorrectable",
+    "cudaErrorHardwareStackError",
+    "cudaErrorContained",
+    "cudaErrorUnknown",
+    "cudaErrorInvalidResourceHandle",
+    "cudaErrorMpsClientTerminated",
+    "cudaErrorExternalDevice",
+)
 
 
 def is_peer_lost(error: BaseException) -> bool:
@@ -43,7 +53,8 @@ def describe_call(header: Mapping[str, Any]) -> str:
     dtype = dict(enumerate(DTYPE_NAMES)).get(header["dtype"], f"type {header['dtype']}")
     if header["op"] == _TP_QKNORM:
         return f"tp_qknorm of {header['tokens']} tokens, q {header['q_width']}, k {header['k_width']} {dtype}"
-    return f"{_OPS.get(header['op'], 'operation %d' % header['op'])} of {header['count']} {dtype}"
+    op = _OPS.get(header["op"], f"operation {header['op']}")
+    return f"{op} of {header['count']} {dtype}"
 
 
 def error_of(rank: int, record: Mapping[str, Any], timeout_s: float) -> CommError:
@@ -64,4 +75,6 @@ def error_of(rank: int, record: Mapping[str, Any], timeout_s: float) -> CommErro
 def lost(rank: int, error: BaseException, peer: Optional[int] = None) -> PeerLost:
     """``error`` of CUDA or the process group as PeerLost."""
     who = "a peer" if peer is None else f"rank {peer}"
-    return PeerLost(f"rank {rank}: {who} seems to be gone: {error}. Close the communicator; a lost CUDA context needs a new process.")
+    return PeerLost(
+        f"rank {rank}: {who} seems to be gone: {error}. Close the communicator; a lost CUDA context needs a new process"
+    )

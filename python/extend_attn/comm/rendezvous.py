@@ -1,7 +1,8 @@
 """How ranks tell each other something on the host: through torch.distributed, or within one process.
 
-Both have ``exchange(what, value, then)``: give ``value``, and once every rank has, ``then(values)`` is called with all of them in
-rank order. In a process group that is before ``exchange`` returns; among virtual ranks it is when the last of them calls.
+Both have ``exchange(what, value, then)``: give ``value``, and once every rank has, ``then(values)`` is called with all
+of them in rank order. In a process group that is before ``exchange`` returns; among virtual ranks it is when the last
+of them calls.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class GroupRendezvous:
         import torch.distributed as dist
 
         if not dist.is_available() or not dist.is_initialized():
-            raise ValueError("group: torch.distributed is not initialized; call torch.distributed.init_process_group first")
+            raise ValueError(
+                "group: torch.distributed is not initialized; call torch.distributed.init_process_group first"
+            )
         self.group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
@@ -59,7 +62,9 @@ class Hub:
     def deposit(self, rank: int, what: str, value: Any, then: Then) -> None:
         with self._lock:
             if rank in self._waiting:
-                raise CommError(f"rank {rank}: called {what} while its {self._waiting[rank][0]} waits for the other virtual ranks")
+                raise CommError(
+                    f"rank {rank}: called {what} while its {self._waiting[rank][0]} waits for the other virtual ranks"
+                )
             self._waiting[rank] = (what, value, then)
             if len(self._waiting) < self.world_size:
                 return
