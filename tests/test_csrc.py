@@ -4,6 +4,7 @@ architectures."""
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Dict, Set
 
@@ -61,6 +62,15 @@ def test_file(path):
     assert not [word for word in CXX20 if word in text]
     assert not re.search(r"#\s*include\s+[<\"](torch|ATen|c10)/", text)
     assert not re.search(r"\b(exit|abort|_exit)\s*\(", text)
+
+
+def test_formatter():
+    """By the configuration in .clang-format."""
+    clang_format = pytest.importorskip("clang_format")
+    program = Path(clang_format.__file__).parent / "data" / "bin" / "clang-format"
+    command = [str(program), "--dry-run", "-Werror", "--style=file", *map(str, FILES)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_alignment_is_tested_in_one_place():

@@ -1,5 +1,6 @@
-// What this build holds: the world sizes and element types that it was asked for. The build (python/extend_attn/jit/spec.py,
-// CMakeLists.txt) defines both numbers; instantiate and dispatch by asking here, so that what is not needed costs no build time.
+// What this build holds: the world sizes and element types that it was asked for. The build
+// (python/extend_attn/jit/spec.py, CMakeLists.txt) defines both numbers; instantiate and dispatch by asking here, so
+// that what is not needed costs no build time.
 #pragma once
 
 #if !defined(EXTEND_ATTN_WORLD_SIZE_BITS) || !defined(EXTEND_ATTN_DTYPE_BITS)

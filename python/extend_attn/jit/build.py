@@ -135,7 +135,8 @@ def run_ninja(folder: Path, targets: Sequence[str] = ()) -> str:
     """Builds ``targets`` (none: all) of ``folder/build.ninja``; returns what was printed, BuildError holds it.
 
     If this process is interrupted, ninja and the compilers below it end with it."""
-    command = [tools.find_ninja(), "-C", str(folder), *targets]
+    # As many jobs as cores: with ninja's two more, the bindings, which take longest, would get less than a core.
+    command = [tools.find_ninja(), "-C", str(folder), f"-j{len(os.sched_getaffinity(0))}", *targets]
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
     )

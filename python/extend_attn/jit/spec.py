@@ -124,9 +124,10 @@ class Spec:
         )
 
     def sources(self, csrc: Path) -> Tuple[Path, ...]:
-        """The translation units, slowest kinds first."""
+        """The translation units: the host compiler's, the largest first (the bindings, which take longest), then nvcc's."""
         left_out = tuple(suffix for name, suffix in DTYPES.items() if name not in self.dtypes)
-        host = sorted(p for folder in ("bindings", "comm") for p in (csrc / folder).glob("*.cpp"))
+        host = [p for folder in ("bindings", "comm") for p in (csrc / folder).glob("*.cpp")]
+        host.sort(key=lambda path: (-path.stat().st_size, path))
         device = sorted(p for folder in ("kernels", "comm") for p in (csrc / folder).glob("*.cu"))
         return (*host, *(p for p in device if not p.stem.endswith(left_out or ("\0",))))
 
