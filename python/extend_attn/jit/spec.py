@@ -124,7 +124,7 @@ class Spec:
         )
 
     def sources(self, csrc: Path) -> Tuple[Path, ...]:
-        """The translation units: the host compiler's, the largest first (the bindings, which take longest), then nvcc's."""
+        """The translation units: the host compiler's, the largest (the bindings: the slowest) first, then nvcc's."""
         left_out = tuple(suffix for name, suffix in DTYPES.items() if name not in self.dtypes)
         host = [p for folder in ("bindings", "comm") for p in (csrc / folder).glob("*.cpp")]
         host.sort(key=lambda path: (-path.stat().st_size, path))
