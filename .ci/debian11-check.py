@@ -17,7 +17,7 @@ import time
 
 COMPILER = "10.2.1"
 GLIBCXX = (3, 4, 28)
-SPEC = {"archs": ("9.0",), "world_sizes": (2,), "dtypes": ("bfloat16",)}
+SPEC = {"archs": ("9.0",), "dtypes": ("bfloat16",)}
 HERE = os.path.dirname(os.path.abspath(__file__))
 BIT_CAST = "#include <bit>\nfloat f(unsigned x) { return std::bit_cast<float>(x); }\n__global__ void k() {}\n"
 NO_BIT_CAST = "#include <bit>\nfloat f(unsigned x) { return float(x); }\n__global__ void k() {}\n"
@@ -47,7 +47,7 @@ def ahead(tools, info: dict) -> None:
     started = time.monotonic()
     said = subprocess.run(["cmake", "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout.split()[2]
     with tempfile.TemporaryDirectory() as folder:
-        archs, sizes, types = (",".join(map(str, words)) for words in SPEC.values())
+        archs, types = (",".join(map(str, words)) for words in SPEC.values())
         command = [
             "cmake",
             "-S",
@@ -58,7 +58,7 @@ def ahead(tools, info: dict) -> None:
             "Ninja",
             f"-DEXTEND_ATTN_ARCHS={archs}",
         ]
-        command += [f"-DEXTEND_ATTN_WORLD_SIZES={sizes}", f"-DEXTEND_ATTN_DTYPES={types}", "-DCMAKE_CXX_COMPILER=g++"]
+        command += [f"-DEXTEND_ATTN_DTYPES={types}", "-DCMAKE_CXX_COMPILER=g++"]
         command += [
             f"-DCMAKE_CUDA_COMPILER={tools.nvcc.path}",
             f"-DCMAKE_CUDA_FLAGS=-L{os.path.dirname(tools.nvcc.cudart)}",

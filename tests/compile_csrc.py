@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Sequence
 
 from extend_attn.jit.build import Build, run_ninja
-from extend_attn.jit.spec import ALL_ARCHS, DTYPES, WORLD_SIZES, Spec, csrc_folder
+from extend_attn.jit.spec import ALL_ARCHS, DTYPES, Spec, csrc_folder
 from extend_attn.jit.toolchain import find_toolchain
 
 
 def compile_kernels(archs: Sequence[str], dtypes: Sequence[str]) -> int:
     """Each .cu for all of ``archs``, with the JIT's own commands; returns how many. BuildError with the compiler's
     words."""
-    build = Build(Spec.of(archs, WORLD_SIZES, dtypes), find_toolchain(), csrc_folder())
+    build = Build(Spec.of(archs, dtypes), find_toolchain(), csrc_folder())
     build.toolchain.nvcc.check_archs(build.spec.archs)
     objects = [build.object_name(source) for source in build.spec.sources(build.csrc) if source.suffix == ".cu"]
     with tempfile.TemporaryDirectory() as folder:

@@ -63,7 +63,6 @@ class Build:
         """For build.json and ``jit info``."""
         return {
             "archs": self.spec.arch_text,
-            "world_sizes": self.spec.world_sizes,
             "dtypes": self.spec.dtypes,
             "source_hash": self.source_hash,
             "python": FILE,
@@ -103,9 +102,7 @@ class Build:
         """Compiles into ``folder``; returns the facts for build.json. BuildError holds what the compilers said."""
         self.toolchain.nvcc.check_archs(self.spec.archs)
         (folder / "build.ninja").write_text(self.ninja_file(), encoding="utf-8")
-        log.info(
-            "compiling csrc/ for %s, world sizes %s, %s", self.spec.arch_text, self.spec.world_sizes, self.spec.dtypes
-        )
+        log.info("compiling csrc/ for %s, %s", self.spec.arch_text, self.spec.dtypes)
         started = time.monotonic()
         output = run_ninja(folder)
         seconds = time.monotonic() - started
