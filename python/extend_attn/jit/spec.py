@@ -7,8 +7,8 @@ The convention between csrc/ and this package:
   file is one object, all in parallel. The include folder is ``csrc/``.
 - A ``.cu`` whose stem ends with ``_fp16``, ``_bf16`` or ``_fp32`` is compiled only if that type is asked for (which is
   how one build spreads over cores). Other files are always compiled.
-- ``-DEXTEND_ATTN_DTYPE_BITS`` (bit 0 float16, 1 bfloat16, 2 float32) says which types those are; ``build_info()`` tells.
-  World sizes are run-time values.
+- ``-DEXTEND_ATTN_DTYPE_BITS`` (bit 0 float16, 1 bfloat16, 2 float32) says which types those are. World sizes
+  are run-time values.
 - Two builds may be loaded into one process: a bound class is ``py::module_local()``, an exception is registered with
   ``py::register_local_exception``.
 - C++17, no C++20 language or library: Debian 11 has gcc 10.2 and libstdc++ 3.4.28.
