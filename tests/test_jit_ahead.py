@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,3 +65,10 @@ def test_an_installed_module_needs_no_compiler(installed, tmp_path):
     assert first == "extend_attn._comm 201703 9.0"
     assert "no C++ compiler" in second  # for what the module does not hold, the JIT is asked
     assert not (tmp_path / "cache" / "modules").exists()
+
+
+def test_the_build_environment_gets_the_extra_jit():
+    """setup.py names what pyproject.toml's extra holds, since pip asks it before anything is installed."""
+    extra = re.search(r"^jit = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
+    required = re.search(r"^AHEAD_REQUIRES = \[(.*?)\]", (ROOT / "setup.py").read_text(encoding="utf-8"), re.M)[1]
+    assert set(re.findall(r'"([^"]+)"', required)) == {"cmake>=3.18", *re.findall(r'"([^"]+)"', extra)}
