@@ -75,7 +75,7 @@ def imported_units(path: Path) -> Set[str]:
     for name, _ in imports(path):
         parts = name.split(".")
         if parts[0] == "extend_attn" and len(parts) > 1 and parts[1] != "__version__":
-            units.add(extend_attn._HOME.get(parts[1], parts[1]))
+            units.add(extend_attn._HOME.get(parts[1], parts[1]).split(".")[0])
     return units - {unit_of(path)}
 
 

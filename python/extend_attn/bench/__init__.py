@@ -1,12 +1,18 @@
-"""The bench: ``python -m extend_attn bench attention``. Importing it needs neither torch nor a GPU."""
+"""The benches: ``python -m extend_attn bench KIND``. Importing them needs neither torch nor a GPU."""
 
 from __future__ import annotations
 
+import sys
 from typing import List, Optional
+
+COLLECTIVES = ("all-reduce", "qknorm", "step", "capture", "collectives")  # what several ranks do together
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run ``bench KIND [options]``; returns the exit status: 0 good, 1 a result was wrong, 2 wrong usage."""
-    from .main import main as run
-
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in COLLECTIVES:
+        from .collectives.main import main as run
+    else:
+        from .main import main as run
     return run(argv)

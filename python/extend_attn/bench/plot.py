@@ -9,8 +9,8 @@ from .report import fastest
 from .results import time_us
 
 
-def plot(data: Dict[str, Any], path: str) -> None:
-    """Write a PNG (or what the suffix says): lower is better, 1 is the floor. Needs matplotlib, no display."""
+def pyplot_or_error() -> Any:
+    """matplotlib's pyplot, without a display; RuntimeError says how to install it."""
     try:
         import matplotlib
     except ImportError as error:
@@ -18,6 +18,12 @@ def plot(data: Dict[str, Any], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(data: Dict[str, Any], path: str) -> None:
+    """Write a PNG (or what the suffix says): lower is better, 1 is the floor. Needs matplotlib, no display."""
+    pyplot = pyplot_or_error()
     found = fastest(data)
     if not found:
         raise ValueError("plot: the results hold no time")

@@ -34,7 +34,7 @@ def graph_us(run: Run, num_sets: int) -> Tuple[float, List[object]]:
 
     The caller has run every set once already (compilation and workspaces lie behind us). Raises what capture raises.
     """
-    estimate = max(1.0, _event_us(lambda: [run(i) for i in range(num_sets)]) / num_sets)
+    estimate = max(1.0, event_us(lambda: [run(i) for i in range(num_sets)]) / num_sets)
     rounds = max(1, min(MAX_CALLS // num_sets, int(GRAPH_US / (estimate * num_sets)) + 1))
     graph = torch.cuda.CUDAGraph()
     returned: List[object] = []
@@ -42,7 +42,7 @@ def graph_us(run: Run, num_sets: int) -> Tuple[float, List[object]]:
         for _ in range(rounds):
             returned = [run(i) for i in range(num_sets)]
     graph.replay()
-    replay = _event_us(graph.replay)
+    replay = event_us(graph.replay)
     replays = max(5, min(30, int(BURST_US / max(1.0, replay))))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     marks[0].record()
@@ -72,7 +72,7 @@ def wall_us(run: Run, seconds: float = 0.2) -> float:
     return median(times)
 
 
-def _event_us(work: Callable[[], object]) -> float:
+def event_us(work: Callable[[], object]) -> float:
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     before.record()
     work()
@@ -102,7 +102,7 @@ def _median_us(work: Callable[[], object], on_gpu: bool) -> float:
         work()
     if not on_gpu:
         return wall_us(lambda _: work())
-    return median(_event_us(work) for _ in range(10))
+    return median(event_us(work) for _ in range(10))
 
 
 def _triton_read(buffer: torch.Tensor) -> Optional[Callable[[], object]]:
