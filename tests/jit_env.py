@@ -73,7 +73,7 @@ import sys, pathlib
 from extend_attn.jit import load_comm_module, modules
 modules.csrc_folder = lambda: pathlib.Path({csrc!r})
 {before}
-module = load_comm_module(archs=("8.0",), world_sizes=(2,), dtypes=("float32",))
+module = load_comm_module(archs=("8.0",), dtypes=("float32",))
 print(module.answer(), module.__file__)
 """
 

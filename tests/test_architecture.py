@@ -169,24 +169,3 @@ def test_documents_link_to_files_that_exist():
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
-
-
-# Folder of csrc/ -> folders whose headers it may include.
-CSRC_ARROWS = {
-    "portability": set(),
-    "comm": {"portability"},
-    "kernels": {"comm", "portability"},
-    "bindings": {"kernels", "comm", "portability"},
-}
-
-
-@pytest.mark.parametrize("folder", sorted(CSRC_ARROWS))
-def test_csrc_arrows(folder):
-    files = [path for path in sorted((ROOT / "csrc" / folder).rglob("*")) if path.is_file()]
-    assert files
-    for path in files:
-        text = path.read_text(encoding="utf-8")
-        included = {name.split("/")[1] for name in re.findall(r'#include "([^"]+)"', text) if name.startswith("../")}
-        assert included <= CSRC_ARROWS[folder], path.relative_to(ROOT)
-        assert len(text.splitlines()) <= MAX_LINES, path.relative_to(ROOT)
-        assert not re.search(r"std::bit_cast|<torch/|<ATen/|std::span", text), path.relative_to(ROOT)

@@ -17,7 +17,7 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def module():
     needs_compilers()
-    return load_comm_module(archs=("9.0",), world_sizes=(2,), dtypes=("bfloat16",))
+    return load_comm_module(archs=("9.0",), dtypes=("bfloat16",))
 
 
 @pytest.mark.parametrize("world", range(2, 9))

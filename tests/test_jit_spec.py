@@ -6,9 +6,9 @@ import pytest
 from jit_env import write_small_csrc
 
 from extend_attn.jit import cmake, modules
-from extend_attn.jit.spec import ALL_ARCHS, DTYPES, WORLD_SIZES, Arch, Spec, csrc_folder, default_archs, source_hash
+from extend_attn.jit.spec import ALL_ARCHS, DTYPES, Arch, Spec, csrc_folder, default_archs, source_hash
 
-ONE = dict(archs=("9.0",), world_sizes=(2,), dtypes=("bfloat16",))
+ONE = dict(archs=("9.0",), dtypes=("bfloat16",))
 
 
 @pytest.mark.parametrize(
@@ -53,21 +53,17 @@ def test_which_gpus_code_runs_on(built, gpu, good):
 
 
 def test_spec_is_ordered_and_its_numbers_are_bits():
-    spec = Spec.of(["9.0", "8.0", "sm_90"], [4, 2], ["float32", "torch.float16"])
+    spec = Spec.of(["9.0", "8.0", "sm_90"], ["float32", "torch.float16"])
     assert spec.arch_text == "8.0/9.0"
-    assert (spec.world_sizes, spec.dtypes) == ((2, 4), ("float16", "float32"))
-    assert (spec.world_size_bits, spec.dtype_bits) == (0b10100, 0b101)
-    assert "-DEXTEND_ATTN_WORLD_SIZE_BITS=20" in spec.defines("") and "-DEXTEND_ATTN_DTYPE_BITS=5" in spec.defines("")
-    assert spec == Spec.of(["8.0", "9.0"], [2, 4], ["float16", "float32"])
+    assert (spec.dtypes, spec.dtype_bits) == (("float16", "float32"), 0b101)
+    assert "-DEXTEND_ATTN_DTYPE_BITS=5" in spec.defines("")
+    assert spec == Spec.of(["8.0", "9.0"], ["float16", "float32"])
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         (dict(archs=()), "archs: got none"),
-        (dict(world_sizes=(1,)), r"world_sizes: got \[1\]; allowed are 2, 3"),
-        (dict(world_sizes=(2, 9)), "world_sizes"),
-        (dict(world_sizes=()), "world_sizes"),
         (dict(dtypes=("int8",)), r"dtypes: got \['int8'\]; allowed are float16, bfloat16, float32"),
         (dict(dtypes=()), "dtypes"),
     ],
@@ -119,10 +115,10 @@ def test_csrc_is_found_in_the_checkout():
 def test_archs_come_from_the_argument_the_variable_the_gpus(monkeypatch):
     monkeypatch.setattr(modules.devices, "gpu_archs", lambda: ("8.9",))
     monkeypatch.delenv("EXTEND_ATTN_ARCHS", raising=False)
-    assert modules.make_spec(None, (2,), ("float16",)).arch_text == "8.9"
+    assert modules.make_spec(None, ("float16",)).arch_text == "8.9"
     monkeypatch.setenv("EXTEND_ATTN_ARCHS", "8.0; 9.0")
-    assert modules.make_spec(None, (2,), ("float16",)).arch_text == "8.0/9.0"
-    assert modules.make_spec(("7.5",), (2,), ("float16",)).arch_text == "7.5"
+    assert modules.make_spec(None, ("float16",)).arch_text == "8.0/9.0"
+    assert modules.make_spec(("7.5",), ("float16",)).arch_text == "7.5"
     monkeypatch.setenv("EXTEND_ATTN_ARCHS", "all")
     assert tuple(default_archs()) == ALL_ARCHS
 
@@ -134,7 +130,7 @@ def test_ahead_of_time_builds_what_nvcc_knows(monkeypatch):
     assert cmake.ahead_archs(["75", "80", "90"]) == ["8.6"]
 
 
-INFO = {"archs": "8.0/9.0+PTX", "world_size_bits": 0b100, "dtype_bits": 0b010, "source_hash": "abc"}
+INFO = {"archs": "8.0/9.0+PTX", "dtype_bits": 0b010, "source_hash": "abc"}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +140,6 @@ INFO = {"archs": "8.0/9.0+PTX", "world_size_bits": 0b100, "dtype_bits": 0b010, "
         ({}, "abd", False),  # csrc/ was edited since
         (dict(archs=("8.6", "12.0")), "abc", True),
         (dict(archs=("7.5",)), "abc", False),
-        (dict(world_sizes=(2, 4)), "abc", False),
         (dict(dtypes=("float16",)), "abc", False),
     ],
 )
@@ -153,7 +148,7 @@ def test_which_installed_module_serves(change, sources, good):
 
 
 def test_cmake_gets_the_same_lists():
-    lines = cmake.settings(Spec.of(("9.0", "8.0"), WORLD_SIZES, ("bfloat16",)))
+    lines = cmake.settings(Spec.of(("9.0", "8.0"), ("bfloat16",)))
     text = "\n".join(lines)
     assert "module.cpp]==]" in text and "-gencode=arch=compute_80,code=sm_80]==]" in text
     assert text.count("-std=c++17") == 2  # one for each compiler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,8 +10,12 @@ import sys
 import pytest
 from jit_env import logging_compiler, needs_compilers, write_program
 
+from extend_attn.cli import doctor
+from extend_attn.cli import jit as cli
 from extend_attn.jit import ToolchainError, cache, devices, toolchain
 from extend_attn.jit.spec import ALL_ARCHS, Arch
+
+pytest.importorskip("filelock")  # and loaded before sys.path is emptied
 
 
 @pytest.fixture(autouse=True)
@@ -178,3 +183,19 @@ def test_the_driver_and_torch_agree(monkeypatch):
     monkeypatch.undo()
     assert f"{'.'.join(map(str, torch.cuda.get_device_capability()))}" in devices.gpu_archs()
     assert devices.driver_cuda_version() >= (12, 0)
+
+
+@pytest.mark.parametrize("driver, old", [(None, False), ((13, 0), False), ((13, 2), False), ((12, 8), True)])
+def test_a_driver_that_is_too_old_is_reported(monkeypatch, driver, old):
+    monkeypatch.setattr(devices, "driver_cuda_version", lambda: driver)
+    problem = cli.driver_problem({"version": "13.0.88"})
+    assert (problem is not None) == old
+    assert not old or ("12.8" in problem and "CUDA_HOME" in problem)
+
+
+def test_doctor_shows_compilers_or_why_there_are_none(capsys):
+    doctor.main(["--json"])
+    found = json.loads(capsys.readouterr().out)["compilers"]
+    assert found["nvcc"] is None and "no C++ compiler" in found["problem"]  # nothing_set
+    doctor.main([])
+    assert "cannot compile: no C++ compiler" in capsys.readouterr().out

@@ -1,5 +1,5 @@
-// What a module was built from: read by the loader to decide whether an installed module serves a request, by `jit info`,
-// and by the build check of Debian 11.
+// What a module was built from: read by the loader to decide whether an installed module serves a request, by `jit
+// info`, and by the build check of Debian 11.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -28,12 +28,11 @@ inline void bind_build_info(pybind11::module_& m) {
         info["cplusplus"] = __cplusplus;
         info["cudart"] = CUDART_VERSION;
         info["archs"] = EXTEND_ATTN_ARCHS;
-        info["world_size_bits"] = EXTEND_ATTN_WORLD_SIZE_BITS;
         info["dtype_bits"] = EXTEND_ATTN_DTYPE_BITS;
         info["source_hash"] = EXTEND_ATTN_SOURCE_HASH;
         return info;
       },
-      "What this module was built from: compiler, libstdcxx (its date), cplusplus, cudart, archs, world_size_bits, dtype_bits, "
+      "What this module was built from: compiler, libstdcxx (its date), cplusplus, cudart, archs, dtype_bits, "
       "source_hash.");
 }
 

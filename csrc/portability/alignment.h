@@ -1,5 +1,6 @@
-// Whether a pointer may be read in vectors of `bytes`. The only place where alignment is tested, and by a cast to an integer that
-// C++17 has: the C++20 cast of object representations needs libstdc++ 3.4.29 (gcc 11), and Debian 11 builds this with gcc 10.
+// Whether a pointer may be read in vectors of `bytes`. The only place where alignment is tested, and by a cast to an
+// integer that C++17 has: the C++20 cast of object representations needs libstdc++ 3.4.29 (gcc 11), and Debian 11
+// builds this with gcc 10.
 #pragma once
 
 #include <cstddef>

@@ -12,8 +12,8 @@ namespace extend_attn {
 class CudaError : public std::runtime_error {
  public:
   CudaError(cudaError_t code, const char* call, const char* file, int line)
-      : std::runtime_error(std::string(cudaGetErrorName(code)) + " (" + cudaGetErrorString(code) + ") from " + call + " at " +
-                           file + ":" + std::to_string(line)),
+      : std::runtime_error(std::string(cudaGetErrorName(code)) + " (" + cudaGetErrorString(code) + ") from " + call +
+                           " at " + file + ":" + std::to_string(line)),
         code_(code) {}
 
   cudaError_t code() const { return code_; }
@@ -30,11 +30,11 @@ inline void check_argument(bool good, const char* name, const std::string& messa
 }  // namespace extend_attn
 
 // Throws CudaError; clears the error first, so that it is not reported a second time by whoever asks next.
-#define EXTEND_ATTN_CUDA_CHECK(call)                                                \
-  do {                                                                              \
-    const cudaError_t code_ = (call);                                               \
-    if (code_ != cudaSuccess) {                                                     \
-      (void)cudaGetLastError();                                                     \
-      throw ::extend_attn::CudaError(code_, #call, __FILE__, __LINE__);             \
-    }                                                                               \
+#define EXTEND_ATTN_CUDA_CHECK(call)                                    \
+  do {                                                                  \
+    const cudaError_t code_ = (call);                                   \
+    if (code_ != cudaSuccess) {                                         \
+      (void)cudaGetLastError();                                         \
+      throw ::extend_attn::CudaError(code_, #call, __FILE__, __LINE__); \
+    }                                                                   \
   } while (0)

@@ -11,14 +11,13 @@ import time
 from typing import Any, Callable, Dict, List, Optional
 
 from extend_attn.jit import JitError, cache, devices, modules, toolchain
-from extend_attn.jit.spec import DTYPES, WORLD_SIZES
+from extend_attn.jit.spec import DTYPES
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arch", action="append", help="compute capability, such as 9.0; repeat for several; by default the GPUs' own"
     )
-    parser.add_argument("--world-sizes", default=",".join(map(str, WORLD_SIZES)), help="default: %(default)s")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="default: %(default)s")
 
 
@@ -46,8 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 def _build(args: argparse.Namespace) -> int:
     if not args.print_path:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-    sizes = [int(n) if n.isdigit() else n for n in args.world_sizes.split(",")]
-    spec = modules.make_spec(args.arch, sizes, args.dtypes.split(","))
+    spec = modules.make_spec(args.arch, args.dtypes.split(","))
     started = time.monotonic()
     path = modules.build_module(spec, nvcc=args.nvcc, cxx=args.cxx)
     if args.print_path:
@@ -123,7 +121,7 @@ def _lines(data: Dict[str, Any]) -> List[str]:
     lines.append(f"  {installed['archs']}, g++ {installed['compiler']}" if installed else "  none")
     lines += ["", "cache", *(f"  {folder}" for folder in data["folders"])]
     for build in data["builds"]:
-        selection = f"{build['archs']}, world sizes {build['world_sizes']}, {', '.join(build['dtypes'])}"
+        selection = f"{build['archs']}, {', '.join(build['dtypes'])}"
         lines.append(
             f"  {build['key'][:12]}  {build['made']}  {build['bytes']} bytes  {build['seconds']} s  {selection}"
         )

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 from . import toolchain as tools
 from .errors import BuildError
@@ -25,6 +25,8 @@ FORMAT = 1
 FILE = MODULE + EXTENSION_SUFFIXES[0]
 # Variables that compilers read.
 _COMPILER_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH")
+# Of a failing build's output: its end, where the errors are.
+_SHOWN_CHARACTERS = 20000
 
 log = logging.getLogger("extend_attn.jit")
 
@@ -61,12 +63,15 @@ class Build:
         """For build.json and ``jit info``."""
         return {
             "archs": self.spec.arch_text,
-            "world_sizes": self.spec.world_sizes,
             "dtypes": self.spec.dtypes,
             "source_hash": self.source_hash,
             "python": FILE,
             **tools.facts(self.toolchain),
         }
+
+    @staticmethod
+    def object_name(source: Path) -> str:
+        return f"{source.parent.name}_{source.name}.o"
 
     def ninja_file(self) -> str:
         """Commands with absolute sources and relative outputs: a build whose folder is gone cannot make it again."""
@@ -87,7 +92,7 @@ class Build:
             lines += [f"rule {name}", f"  command = {_ninja_command(command)}"]
         objects = []
         for source in self.spec.sources(self.csrc):
-            objects.append(f"{source.parent.name}_{source.name}.o")
+            objects.append(self.object_name(source))
             rule = "cuda" if source.suffix == ".cu" else "host"
             lines.append(f"build {objects[-1]}: {rule} {_ninja_path(str(source))}")
         lines.append(f"build {FILE}: link {' '.join(objects)}")
@@ -97,13 +102,9 @@ class Build:
         """Compiles into ``folder``; returns the facts for build.json. BuildError holds what the compilers said."""
         self.toolchain.nvcc.check_archs(self.spec.archs)
         (folder / "build.ninja").write_text(self.ninja_file(), encoding="utf-8")
-        log.info(
-            "compiling csrc/ for %s, world sizes %s, %s", self.spec.arch_text, self.spec.world_sizes, self.spec.dtypes
-        )
+        log.info("compiling csrc/ for %s, %s", self.spec.arch_text, self.spec.dtypes)
         started = time.monotonic()
-        code, output = _run_to_end([tools.find_ninja(), "-C", str(folder)], folder)
-        if code:
-            raise BuildError(f"compiling csrc/ failed (ninja ended with {code}):\n{output[-20000:]}")
+        output = run_ninja(folder)
         seconds = time.monotonic() - started
         log.info("compiled in %.1f s", seconds)
         for leftover in folder.iterdir():
@@ -127,16 +128,23 @@ def _ninja_path(path: str) -> str:
     return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _run_to_end(command: List[str], folder: Path) -> Tuple[int, str]:
-    """(exit status, output). If this process is interrupted, ninja and the compilers below it end with it."""
+def run_ninja(folder: Path, targets: Sequence[str] = ()) -> str:
+    """Builds ``targets`` (none: all) of ``folder/build.ninja``; returns what was printed, BuildError holds it.
+
+    If this process is interrupted, ninja and the compilers below it end with it."""
+    # As many jobs as cores: with ninja's two more, the bindings, which take longest, would get less than a core.
+    command = [tools.find_ninja(), "-C", str(folder), f"-j{len(os.sched_getaffinity(0))}", *targets]
     child = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        start_new_session=True,
-    )  # fmt: skip
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+    )
     try:
         output, _ = child.communicate()
-        return child.returncode, output
     except BaseException:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         raise
+    if child.returncode:
+        raise BuildError(
+            f"compiling csrc/ failed (ninja ended with {child.returncode}):\n{output[-_SHOWN_CHARACTERS:]}"
+        )
+    return output

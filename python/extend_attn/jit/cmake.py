@@ -1,4 +1,4 @@
-"""``python -m extend_attn.jit.cmake ARCHS WORLD_SIZES DTYPES``: the sources, options and headers of a build, for
+"""``python -m extend_attn.jit.cmake ARCHS DTYPES``: the sources, options and headers of a build, for
 CMakeLists.txt, so that the build ahead of time and the one at run time are written down once. Each argument is a list
 with commas, or "default"."""
 
@@ -14,7 +14,6 @@ from .spec import (
     HOST_FLAGS,
     MODULE,
     NVCC_FLAGS,
-    WORLD_SIZES,
     Spec,
     csrc_folder,
     default_archs,
@@ -53,10 +52,8 @@ def ahead_archs(known: Sequence[str]) -> List[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Prints CMake code."""
-    archs, sizes, types = (None if text == "default" else text.split(",") for text in argv)
-    spec = Spec.of(
-        archs or ahead_archs(tools.find_toolchain().nvcc.archs), map(int, sizes or WORLD_SIZES), types or tuple(DTYPES)
-    )
+    archs, types = (None if text == "default" else text.split(",") for text in argv)
+    spec = Spec.of(archs or ahead_archs(tools.find_toolchain().nvcc.archs), types or tuple(DTYPES))
     print("\n".join(settings(spec)))
     return 0
 

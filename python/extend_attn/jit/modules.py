@@ -14,7 +14,7 @@ from typing import Dict, Iterable, Optional, Tuple
 from . import cache, devices
 from .build import FILE, Build
 from .errors import JitError
-from .spec import DTYPES, MODULE, WORLD_SIZES, Arch, Spec, csrc_folder, default_archs, source_hash
+from .spec import DTYPES, MODULE, Arch, Spec, csrc_folder, default_archs, source_hash
 from .toolchain import find_toolchain
 
 NAME = f"extend_attn.{MODULE}"
@@ -25,7 +25,6 @@ _one_at_a_time = threading.Lock()
 def load_comm_module(
     *,
     archs: Optional[Iterable[str]] = None,
-    world_sizes: Iterable[int] = WORLD_SIZES,
     dtypes: Iterable[str] = tuple(DTYPES),
     nvcc: Optional[str] = None,
     cxx: Optional[str] = None,
@@ -33,11 +32,11 @@ def load_comm_module(
     """The pybind11 module ``extend_attn._comm`` with kernels for what is asked for.
 
     ``archs``: compute capabilities such as ``("9.0",)``; None: EXTEND_ATTN_ARCHS, else those of the GPUs that this
-    process sees. ``world_sizes``: of 2 to 8. ``dtypes``: of "float16", "bfloat16", "float32". ``nvcc``, ``cxx``:
+    process sees. ``dtypes``: of "float16", "bfloat16", "float32". ``nvcc``, ``cxx``:
     programs, see toolchain.py. ValueError names a bad argument; JitError (ToolchainError, BuildError) says what was
     tried and what to install.
     """
-    spec = make_spec(archs, world_sizes, dtypes)
+    spec = make_spec(archs, dtypes)
     with _one_at_a_time:
         key = (spec, nvcc, cxx)
         if key not in _loaded:
@@ -49,9 +48,9 @@ def load_comm_module(
         return _loaded[key]
 
 
-def make_spec(archs: Optional[Iterable[str]], world_sizes: Iterable[int], dtypes: Iterable[str]) -> Spec:
+def make_spec(archs: Optional[Iterable[str]], dtypes: Iterable[str]) -> Spec:
     """The arguments checked, with the architectures filled in."""
-    return Spec.of(archs if archs is not None else default_archs() or devices.gpu_archs(), world_sizes, dtypes)
+    return Spec.of(archs if archs is not None else default_archs() or devices.gpu_archs(), dtypes)
 
 
 def build_module(spec: Spec, *, nvcc: Optional[str] = None, cxx: Optional[str] = None) -> Path:
@@ -82,7 +81,6 @@ def serves(info: Dict, spec: Spec, sources: str) -> bool:
     built = [Arch.parse(arch) for arch in info["archs"].split("/")]
     return (
         info["source_hash"] == sources
-        and spec.world_size_bits & ~info["world_size_bits"] == 0
         and spec.dtype_bits & ~info["dtype_bits"] == 0
         and all(any(b.serves(arch) for b in built) for arch in spec.archs)
     )

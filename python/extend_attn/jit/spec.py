@@ -1,4 +1,4 @@
-"""What is built: the module's sources and how a selection of GPUs, world sizes and types reaches the compiler.
+"""What is built: the module's sources and how a selection of GPUs and types reaches the compiler.
 
 The convention between csrc/ and this package:
 
@@ -7,9 +7,8 @@ The convention between csrc/ and this package:
   file is one object, all in parallel. The include folder is ``csrc/``.
 - A ``.cu`` whose stem ends with ``_fp16``, ``_bf16`` or ``_fp32`` is compiled only if that type is asked for (which is
   how one build spreads over cores). Other files are always compiled.
-- ``-DEXTEND_ATTN_WORLD_SIZE_BITS`` (bit n: world size n) and ``-DEXTEND_ATTN_DTYPE_BITS`` (bit 0 float16, 1 bfloat16, 2
-  float32) say what to instantiate; ``csrc/portability/selection.h`` reads them (``has_world_size(n)``,
-  ``has_dtype(DType::kBFloat16)``).
+- ``-DEXTEND_ATTN_DTYPE_BITS`` (bit 0 float16, 1 bfloat16, 2 float32) says which types those are. World sizes
+  are run-time values.
 - Two builds may be loaded into one process: a bound class is ``py::module_local()``, an exception is registered with
   ``py::register_local_exception``.
 - C++17, no C++20 language or library: Debian 11 has gcc 10.2 and libstdc++ 3.4.28.
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import Iterable, Iterator, Sequence, Tuple
 
 MODULE = "_comm"
-WORLD_SIZES = (2, 3, 4, 5, 6, 7, 8)
 # Type -> how the stem of a .cu that serves it ends. The position is the bit of EXTEND_ATTN_DTYPE_BITS.
 DTYPES = {"float16": "_fp16", "bfloat16": "_bf16", "float32": "_fp32"}
 # What a build for everybody holds (and the compile-only test of CI): one of each generation that nvcc 13 and the
@@ -83,27 +81,21 @@ class Arch:
 
 @dataclass(frozen=True)
 class Spec:
-    """One build: architectures, world sizes, types. ``Spec.of`` checks and orders what it is given."""
+    """One build: architectures and types. ``Spec.of`` checks and orders what it is given."""
 
     archs: Tuple[Arch, ...]
-    world_sizes: Tuple[int, ...]
     dtypes: Tuple[str, ...]
 
     @classmethod
-    def of(cls, archs: Iterable[str], world_sizes: Iterable[int], dtypes: Iterable[str]) -> Spec:
+    def of(cls, archs: Iterable[str], dtypes: Iterable[str]) -> Spec:
         """ValueError names the argument, what it got and what there is."""
         parsed = tuple(sorted({Arch.parse(arch) for arch in archs}))
-        sizes, types = set(world_sizes), {str(t).replace("torch.", "") for t in dtypes}
-        for name, got, known in (("world_sizes", sizes, WORLD_SIZES), ("dtypes", types, tuple(DTYPES))):
-            if not got or got - set(known):
-                raise ValueError(f"{name}: got {sorted(got, key=str)}; allowed are {', '.join(map(str, known))}")
+        types = {str(t).replace("torch.", "") for t in dtypes}
         if not parsed:
             raise ValueError("archs: got none; expected compute capabilities such as '9.0'")
-        return cls(parsed, tuple(sorted(sizes)), tuple(t for t in DTYPES if t in types))
-
-    @property
-    def world_size_bits(self) -> int:
-        return sum(1 << n for n in self.world_sizes)
+        if not types or types - set(DTYPES):
+            raise ValueError(f"dtypes: got {sorted(types)}; allowed are {', '.join(DTYPES)}")
+        return cls(parsed, tuple(t for t in DTYPES if t in types))
 
     @property
     def dtype_bits(self) -> int:
@@ -117,16 +109,16 @@ class Spec:
     def defines(self, source_hash: str) -> Tuple[str, ...]:
         """Options for both compilers."""
         return (
-            f"-DEXTEND_ATTN_WORLD_SIZE_BITS={self.world_size_bits}",
             f"-DEXTEND_ATTN_DTYPE_BITS={self.dtype_bits}",
             f'-DEXTEND_ATTN_ARCHS="{self.arch_text}"',
             f'-DEXTEND_ATTN_SOURCE_HASH="{source_hash}"',
         )
 
     def sources(self, csrc: Path) -> Tuple[Path, ...]:
-        """The translation units, slowest kinds first."""
+        """The translation units: the host compiler's, the largest (the bindings: the slowest) first, then nvcc's."""
         left_out = tuple(suffix for name, suffix in DTYPES.items() if name not in self.dtypes)
-        host = sorted(p for folder in ("bindings", "comm") for p in (csrc / folder).glob("*.cpp"))
+        host = [p for folder in ("bindings", "comm") for p in (csrc / folder).glob("*.cpp")]
+        host.sort(key=lambda path: (-path.stat().st_size, path))
         device = sorted(p for folder in ("kernels", "comm") for p in (csrc / folder).glob("*.cu"))
         return (*host, *(p for p in device if not p.stem.endswith(left_out or ("\0",))))
 
