@@ -217,3 +217,12 @@ def test_wrong_usage(words, said, capsys):
 def test_torchruns_other_ranks_have_nothing_to_do(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert main(["all-reduce", "--device", "cpu"]) == 0
+
+
+def test_a_bench_can_be_called_again_in_one_process(capsys):
+    """A submodule named like the package's function would take its place when it is first imported."""
+    import extend_attn.bench
+
+    for words in (["attention", "--list"], ["all-reduce", "--dry-run"]) * 2:
+        assert extend_attn.bench.main(words) == 0
+    capsys.readouterr()

@@ -14,5 +14,5 @@ def main(argv: Optional[List[str]] = None) -> int:
     if argv and argv[0] in COLLECTIVES:
         from .collectives.main import main as run
     else:
-        from .main import main as run
+        from .attention import main as run
     return run(argv)

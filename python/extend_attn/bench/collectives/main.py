@@ -14,7 +14,7 @@ import sys
 from typing import Any, Dict, List, Optional
 
 from .. import results
-from ..main import _has_gpu
+from ..attention import _has_gpu
 from . import tasks as kinds
 from .arithmetic import sizes_named
 from .report import report
