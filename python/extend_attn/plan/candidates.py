@@ -7,7 +7,7 @@ from typing import Iterable, Iterator, List, Optional
 
 from ..problem import Problem
 from .device import DeviceSpec
-from .heuristics import heuristic
+from .heuristics import heuristic, plain_family
 from .legality import illegal, shared_memory_bytes
 from .sglang_rule import sglang_plan
 from .tile import BLOCK_MAX, BLOCK_MIN, STAGES_MAX, Plan, Tile
@@ -20,13 +20,13 @@ def candidates(problem: Problem, device: DeviceSpec) -> List[Plan]:
     """Distinct plans: the heuristic's choice, its ever smaller versions, its neighbours, SGLang's rule and the old one.
 
     Plans that are illegal on ``device`` are in it (``illegal`` says why). The first legal one is the default where
-    nothing was measured.
+    nothing was measured. Where a Hopper family is the choice, that of the plain families follows.
     """
     first = heuristic(problem, device)
+    plain = heuristic(problem, device, plain_family(problem)) if first.hopper else first
     return _distinct(
         (
-            first,
-            *shrinking(problem, first, device),
+            *(p for plan in dict.fromkeys((first, plain)) for p in (plan, *shrinking(problem, plan, device))),
             *_neighbours(first),
             sglang_plan(problem, device),
             sglang_plan(problem, device, legacy=True),
@@ -112,7 +112,7 @@ def _neighbours(plan: Plan) -> Iterator[Plan]:
     if plan.family == "tiled":
         yield replace(plan, pack_gqa=not plan.pack_gqa)
         yield replace(plan, tma=not plan.tma)
-    else:
+    elif plan.packed:
         yield replace(plan, split_kv=plan.split_kv * 2)
         if plan.split_kv > 1:
             yield replace(plan, split_kv=plan.split_kv // 2)

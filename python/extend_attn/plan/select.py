@@ -17,7 +17,7 @@ from .device import DeviceSpec
 from .heuristics import heuristic
 from .legality import illegal
 from .sglang_rule import VERIFY_MIN_BATCH, sglang_plan
-from .tile import Plan, Tile
+from .tile import FAMILIES, Plan, Tile
 
 PlanLike = Union[None, str, Plan, Mapping[str, Any]]
 TileLike = Union[None, Tile, Mapping[str, Any], Sequence[int]]
@@ -119,7 +119,7 @@ def _base(
     elif plan is not None and not isinstance(plan, Mapping):
         raise TypeError(f"plan: got {plan!r}; expected a Plan, a dict of its fields, or a selector's name")
     default = default_plan(sized, device, table)
-    if family in ("tiled", "packed") and family != default.family:
+    if family in FAMILIES and family != default.family:
         return fitting(sized, heuristic(sized, device, family), device), False
     return default, False
 
