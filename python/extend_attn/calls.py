@@ -6,13 +6,16 @@ enough? aligned? is V a part of K?). So calls of one signature pass the same che
 full. A new check of a new fact in inputs.py needs that fact here: tests/test_errors.py makes each bad call right after
 a good one. Only calls that passed are remembered; one that no signature can be taken of is checked in full.
 
-``Prepared`` is what is known of calls of one signature *and* one set of lengths. Nothing here holds a tensor.
+``Prepared`` is what is known of calls of one signature *and* one set of lengths, down to its kernels, which then need
+nothing but the call's addresses. Nothing here holds a tensor.
 """
 
 from __future__ import annotations
 
 import os
 from typing import Any, Dict, NamedTuple, Optional, Tuple
+
+import torch
 
 from . import inputs as _inputs
 from .inputs import Inputs
@@ -27,14 +30,22 @@ MAX_LENGTHS = 64  # of one signature
 
 
 class Prepared:
-    """One call's problem; then its plan (the default one, not one that a caller names) and what that launches."""
+    """One call's problem; then its plan (the default one, not one that a caller names), what that launches, and those
+    kernels bound to all but addresses (kernels/bound.py; False where they can't be)."""
 
-    __slots__ = ("plan", "problem", "recipe")
+    __slots__ = ("bound", "plan", "problem", "recipe")
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.plan: Optional[Plan] = None
         self.recipe: Any = None
+        self.bound: Any = None
+
+
+# A call that passed: what is known of it, its arguments, its addresses (of the tensors of Inputs in their order, then
+# the rows of k_new and v_new, then None), its LSE. The first of its signature has no addresses; one that
+# ``prepared.bound`` runs has no more than them.
+Call = Tuple[Prepared, Optional[Inputs], Optional[tuple], Optional[torch.Tensor]]
 
 
 class _Known(NamedTuple):
@@ -49,6 +60,15 @@ class _Known(NamedTuple):
 
 _known: Dict[tuple, _Known] = {}
 
+# prefix_lens to lse of Inputs: most calls have none of them
+_NO_OTHERS = (None,) * 7
+
+# The user's table belongs to what a call was planned from. os.environ raises and catches an error for a name that is
+# not set, which takes 1 us; the dict beneath it does not.
+_environ: Any = os.environ
+_TABLE = _environ.encodekey(ENVIRONMENT) if hasattr(_environ, "_data") else ENVIRONMENT
+_table_in_environment = getattr(_environ, "_data", _environ).get
+
 
 def forget() -> None:
     """Drops all that is remembered."""
@@ -58,64 +78,8 @@ def forget() -> None:
 on_forget(forget)
 
 
-def two_stage(
-    q_extend, k_extend, v_extend, o_extend, k_buffer, v_buffer, qo_indptr, kv_indptr, kv_indices, custom_mask,
-    is_causal, mask_indptr, max_len_extend, k_scale, v_scale, sm_scale, logit_cap, skip_prefix_custom_mask,
-    sliding_window_size, sinks, window_kv_offsets, xai_temperature_len, *, return_lse, q_positions, max_len_prefix,
-) -> Tuple[Inputs, Prepared]:  # fmt: skip
-    """The checked arguments of ``extend_attention_fwd`` and what is known of such a call; errors as in inputs.py."""
-    signature, found = _repeated(
-        False,
-        (
-            q_extend, k_extend, v_extend, o_extend, k_buffer, v_buffer, qo_indptr, kv_indptr, kv_indices, None,
-            custom_mask, mask_indptr, sinks, window_kv_offsets, q_positions,
-        ),
-        max_len_extend,
-        max_len_prefix,
-        (
-            is_causal, k_scale, v_scale, sm_scale, logit_cap, skip_prefix_custom_mask, sliding_window_size,
-            xai_temperature_len, return_lse,
-        ),
-    )  # fmt: skip
-    if found is not None:
-        return found
-    checked = _inputs.two_stage(
-        q_extend, k_extend, v_extend, o_extend, k_buffer, v_buffer, qo_indptr, kv_indptr, kv_indices, custom_mask,
-        is_causal, mask_indptr, max_len_extend, k_scale, v_scale, sm_scale, logit_cap, skip_prefix_custom_mask,
-        sliding_window_size, sinks, window_kv_offsets, xai_temperature_len,
-        return_lse=return_lse, q_positions=q_positions, max_len_prefix=max_len_prefix,
-    )  # fmt: skip
-    return checked, _first(signature, checked)
-
-
-def unified(
-    q, o, k_buffer, v_buffer, k_scale, v_scale, qo_indptr, kv_indptr, kv_indices, prefix_lens, max_len_extend,
-    custom_mask, mask_indptr, sm_scale, logit_cap, is_causal, sliding_window_size, sinks, window_start_pos,
-    xai_temperature_len, *, return_lse, q_positions, max_len_prefix,
-) -> Tuple[Inputs, Prepared]:  # fmt: skip
-    """The same of ``extend_attention_fwd_unified``."""
-    signature, found = _repeated(
-        True,
-        (
-            q, None, None, o, k_buffer, v_buffer, qo_indptr, kv_indptr, kv_indices, prefix_lens, custom_mask,
-            mask_indptr, sinks, window_start_pos, q_positions,
-        ),
-        max_len_extend,
-        max_len_prefix,
-        (is_causal, k_scale, v_scale, sm_scale, logit_cap, sliding_window_size, xai_temperature_len, return_lse),
-    )  # fmt: skip
-    if found is not None:
-        return found
-    checked = _inputs.unified(
-        q, o, k_buffer, v_buffer, k_scale, v_scale, qo_indptr, kv_indptr, kv_indices, prefix_lens, max_len_extend,
-        custom_mask, mask_indptr, sm_scale, logit_cap, is_causal, sliding_window_size, sinks, window_start_pos,
-        xai_temperature_len, return_lse=return_lse, q_positions=q_positions, max_len_prefix=max_len_prefix,
-    )  # fmt: skip
-    return checked, _first(signature, checked)
-
-
-def _first(signature: Optional[tuple], checked: Inputs) -> Prepared:
-    """The problem of a call that was checked in full, which is remembered."""
+def first(signature: Optional[tuple], checked: Inputs) -> Call:
+    """A call that was checked in full, which is remembered under its signature (None: not)."""
     problem = checked.problem()
     prepared = Prepared(problem)
     # -0.0 == 0.0, so a signature can't tell these two scales apart; they are not worth a place in it
@@ -125,19 +89,21 @@ def _first(signature: Optional[tuple], checked: Inputs) -> Prepared:
         scalars = checked[Inputs._fields.index("sm_scale") :]
         lengths = (
             problem.batch_size, problem.num_tokens, problem.max_len_extend, problem.num_kv_indices,
-            problem.max_len_prefix, os.environ.get(ENVIRONMENT),
+            problem.max_len_prefix, _table_in_environment(_TABLE),
         )  # fmt: skip
         has_window, has_lse = checked.sliding_window > 0, checked.lse is not None
         _known[signature] = _Known(problem, scalars, has_window, has_lse, {lengths: prepared})
-    return prepared
+    return prepared, checked, None, checked.lse
 
 
-def _repeated(
-    is_unified: bool, tensors: tuple, max_len_extend: Any, max_len_prefix: Any, scalars: tuple
-) -> Tuple[Optional[tuple], Optional[Tuple[Inputs, Prepared]]]:
+def repeated(
+    is_unified: bool, tensors: tuple, max_len_extend: Any, max_len_prefix: Any, scalars: tuple, launchable: bool
+) -> Tuple[Optional[tuple], Optional[Call]]:
     """(the call's signature, None where none can be taken; the call, None unless one of its signature passed before).
 
-    ``tensors`` are unchecked, in the order of Inputs. No check is made here, and nothing on the device is touched.
+    ``tensors`` are unchecked, in the order of Inputs; ``scalars`` are all other arguments that are checked, the same
+    ones in each call of a function. ``launchable``: nothing but the default plan is asked for, so that a bound call
+    needs no more than addresses. No check is made here, and nothing on the device is touched.
     """
     (
         q, k_new, v_new, o, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr, sinks,
@@ -147,71 +113,101 @@ def _repeated(
         return None, None
     if max_len_prefix is not None and (type(max_len_prefix) is not int or max_len_prefix < 0):
         return None, None
+    new = pool = more = None
+    k_rows = v_rows = k_at = v_at = k_pool_at = v_pool_at = None
     try:
-        num_tokens, num_heads, _ = q.shape
-        batch_size = qo_indptr.shape[0] - 1
-        num_indices = kv_indices.shape[0]
-        address = q.data_ptr() | o.data_ptr()
-        new = pool = None
+        num_tokens, q_facts = _rows(q)
+        _, o_facts = _rows(o)
+        q_at, o_at = q.data_ptr(), o.data_ptr()
+        bits = q_at | o_at
+        batch_size, qo_facts = _vector(qo_indptr)
+        batch_size -= 1
+        num_indptr, kv_facts = _vector(kv_indptr)
+        num_indices, index_facts = _vector(kv_indices)
         if not is_unified:
-            k_address, v_address = k_new.data_ptr(), v_new.data_ptr()
-            address |= k_address | v_address
-            new = (_rows(k_new), _rows(v_new), k_address == v_address)
+            k_rows, k_facts = _rows(k_new)
+            v_rows, v_facts = _rows(v_new)
+            k_at, v_at = k_new.data_ptr(), v_new.data_ptr()
+            bits |= k_at | v_at
+            new = (k_facts, v_facts, k_at == v_at)
         if is_unified or num_indices:
-            k_address, v_address = k_pool.data_ptr(), v_pool.data_ptr()
-            address |= k_address | v_address
-            pool = (_rows(k_pool), _rows(v_pool), k_address == v_address, k_pool.shape[0] == v_pool.shape[0])
+            num_slots, k_facts = _rows(k_pool)
+            num_values, v_facts = _rows(v_pool)
+            k_pool_at, v_pool_at = k_pool.data_ptr(), v_pool.data_ptr()
+            bits |= k_pool_at | v_pool_at
+            pool = (k_facts, v_facts, k_pool_at == v_pool_at, num_slots == num_values)
+        if bits & 15:  # kernels are specialised for the alignment of each
+            more = [at is not None and at & 15 == 0 for at in (q_at, k_at, v_at, o_at, k_pool_at, v_pool_at)]
+            more = (bits & 15, *more)
+        if q_facts[2] < 0:  # not a GPU: the CPU's tensors and those without memory look alike so far
+            more = (more, *[t.device for t in tensors if t is not None])
         signature = (
-            is_unified,
-            _rows(q),
-            _rows(o),
-            new,
-            pool,
-            address & 15,
-            _vector(qo_indptr, 1),
-            _vector(kv_indptr, batch_size + 1),
-            _vector(kv_indices, 0),
-            None if prefix_lens is None else _vector(prefix_lens, batch_size),
-            None if mask is None else (_vector(mask, 0), _vector(mask_indptr, batch_size + 1)),
-            None if sinks is None else _vector(sinks, num_heads),
-            None if offsets is None else _vector(offsets, batch_size),
-            None if q_positions is None else _vector(q_positions, 0),
+            is_unified, q_facts, o_facts, new, pool, more, qo_facts, kv_facts, index_facts, batch_size >= 0,
+            num_indptr > batch_size,
+            prefix_lens is not None and _vector_of(prefix_lens, batch_size),
+            mask is not None and (_vector_of(mask, 0), _vector_of(mask_indptr, batch_size + 1)),
+            sinks is not None and _vector_of(sinks, q_facts[3]),
+            offsets is not None and _vector_of(offsets, batch_size),
+            q_positions is not None and _vector_of(q_positions, 0),
             *map(type, scalars),  # before the values: 1 == 1.0 == True, and an odd type's == must not be called
-            *scalars,
-        )
+            scalars,
+        )  # fmt: skip
         known = _known.get(signature)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return None, None  # something that is no tensor, has not these dimensions, cannot be hashed
     if known is None:
         return signature, None
 
-    if pool is None:
-        k_pool = v_pool = None
-    checked = Inputs._make((
-        q, k_new, v_new, o, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, prefix_lens, mask,
-        None if mask is None else mask_indptr, sinks, offsets if known.has_window else None, q_positions,
-        _inputs.empty_lse(q) if known.has_lse else None, batch_size, max_len_extend, max_len_prefix, *known.scalars,
-    ))  # fmt: skip
-    lengths = (batch_size, num_tokens, max_len_extend, num_indices, max_len_prefix, os.environ.get(ENVIRONMENT))
+    lengths = (batch_size, num_tokens, max_len_extend, num_indices, max_len_prefix, _table_in_environment(_TABLE))
     prepared = known.prepared.get(lengths)
     if prepared is None:
         prepared = Prepared(_with_lengths(known.problem, *lengths[:-1]))
         if len(known.prepared) >= MAX_LENGTHS:
             known.prepared.clear()
         known.prepared[lengths] = prepared
-    return signature, (checked, prepared)
+    lse = _inputs.empty_lse(q) if known.has_lse else None
+    if prefix_lens is mask is sinks is offsets is q_positions is lse:  # all None, since lse is new
+        others: tuple = _NO_OTHERS
+        at: Any = _NO_OTHERS
+    else:
+        others = (
+            prefix_lens, mask, None if mask is None else mask_indptr, sinks, offsets if known.has_window else None,
+            q_positions, lse,
+        )  # fmt: skip
+        at = [None if t is None else t.data_ptr() for t in others]
+    addresses = (
+        q_at, k_at, v_at, o_at, k_pool_at, v_pool_at, qo_indptr.data_ptr(), kv_indptr.data_ptr(),
+        kv_indices.data_ptr(), *at, k_rows, v_rows, None,
+    )  # fmt: skip
+    bound = prepared.bound
+    if launchable and bound and bound.ready():
+        return signature, (prepared, None, addresses, lse)
+    if pool is None:
+        k_pool = v_pool = None
+    checked = Inputs._make((
+        q, k_new, v_new, o, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, *others, batch_size, max_len_extend,
+        max_len_prefix, *known.scalars,
+    ))  # fmt: skip
+    return signature, (prepared, checked, addresses, lse)
 
 
-def _rows(t: Any) -> tuple:
-    """What checks look at in a [rows, heads, dim] tensor, its address apart."""
+def _rows(t: Any) -> Tuple[int, tuple]:
+    """(rows, what checks look at) of a [rows, heads, dim] tensor, its address apart. On GPUs the device is a number:
+    no process has two kinds of them."""
     rows, heads, dim = t.shape
-    return type(t), t.dtype, t.device, heads, dim, t.stride(), rows if rows < 2 else 2
+    return rows, (type(t), t.dtype, t.get_device(), heads, dim, t.stride(), rows if rows < 2 else 2)
 
 
-def _vector(t: Any, needed: int) -> tuple:
-    """What checks look at in a 1-D tensor that needs so many elements."""
+def _vector(t: Any) -> Tuple[int, tuple]:
+    """(elements, what checks look at) of a 1-D tensor."""
     (length,) = t.shape
-    return type(t), t.dtype, t.device, t.is_contiguous(), length >= needed
+    return length, (type(t), t.dtype, t.get_device(), t.is_contiguous())
+
+
+def _vector_of(t: Any, needed: int) -> tuple:
+    """The facts of a 1-D tensor that needs so many elements."""
+    length, facts = _vector(t)
+    return length >= needed, facts
 
 
 def _with_lengths(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from statistics import median
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -20,6 +20,7 @@ from .problems import Ceilings
 GRAPH_US = 6000.0
 BURST_US = 60000.0  # measured time per figure; longer and the power cap shows on compute-bound rows
 MAX_CALLS = 400  # nodes of one graph
+HOST_SECONDS = 1.0
 
 Run = Callable[[int], object]
 
@@ -69,6 +70,23 @@ def wall_us(run: Run, seconds: float = 0.2) -> float:
         start = time.perf_counter()
         run(0)
         times.append(1e6 * (time.perf_counter() - start))
+    return median(times)
+
+
+def host_us(calls: Sequence[Callable[[], object]], synchronize: Callable[[], object], bursts: int = 40) -> float:
+    """Median us until an eager call returns to the host, over up to ``bursts`` rounds of ``calls`` (or HOST_SECONDS).
+
+    A round is shorter than the queue of launches (1024), which would make the host wait for the device.
+    """
+    times: List[float] = []
+    end = time.perf_counter() + HOST_SECONDS
+    while not times or (len(times) < bursts and time.perf_counter() < end):
+        synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        times.append(1e6 * (time.perf_counter() - start) / len(calls))
+    synchronize()
     return median(times)
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
@@ -20,6 +21,8 @@ from .check import error_of
 from .data import Batch, make_batch
 from .problems import Row
 from .providers import OWN, PROVIDERS, Device, Skip
+
+HOST_BURST = 100  # calls; up to four launches each fit into the queue
 
 
 class Worker:
@@ -34,6 +37,7 @@ class Worker:
             "plans": self.plans,
             "compile": self.compile,
             "measure": self.measure,
+            "host": self.host,
             "hang": self.hang,
         }
 
@@ -111,6 +115,24 @@ class Worker:
         again = error_of(prepared.rows(returned[0]), batch.expected())
         if again.wrong:
             return {**answer, "failed": f"wrong result after graph replay: {again}"}
+        return answer
+
+    def host(self, task: dict) -> dict:
+        """Check, then time what an eager call costs the host: repeated, and with lengths that were not seen before."""
+        row = Row.from_json(task["row"])
+        provider = self._provider(task, row)
+        batch = make_batch(row, self.device, num_sets=1)
+        prepared = provider.prepare(batch, task.get("plan"))
+        batch.poison()
+        error = error_of(prepared.rows(prepared.run(0)), batch.expected())
+        answer = {"plan": prepared.plan, "error": error.max}
+        if error.wrong:
+            return {**answer, "failed": f"wrong result: {error}"}
+        call, other = prepared.call or partial(prepared.run, 0), prepared.other_lengths
+        answer["us_host"] = timing.host_us([call] * HOST_BURST, self._synchronize)
+        if other is not None:
+            calls = [partial(other, n) for n in range(1, HOST_BURST + 1)]
+            answer["us_other_lengths"] = timing.host_us(calls, self._synchronize, bursts=1)
         return answer
 
     def hang(self, task: dict) -> dict:

@@ -16,6 +16,7 @@ from .combine import combine_kernel
 from .compat import CAN_PDL, launch_options, tensor_descriptor
 from .extend import extend_kernel
 from .recipe import NUM_TENSORS, Kernel, Recipe, features, kernel, scalars, strides
+from .workspace import Workspace
 
 
 def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
@@ -57,15 +58,15 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     )
     if splits == 1:
         return Recipe((extend,), functools.partial(_tensors, boxes))
-    combine, sizes = combine_after(plan, inputs, problem, block_dv, tiles, row_blocks, pdl)
-    return Recipe((extend, combine), functools.partial(_tensors_of_splits, boxes, sizes))
+    combine, workspaces = combine_after(plan, inputs, problem, block_dv, tiles, row_blocks, pdl)
+    return Recipe((extend, combine), functools.partial(_tensors_of_splits, boxes), workspaces)
 
 
 def combine_after(
     plan: Plan, inputs: Inputs, problem: Problem, block_dv: int, tiles: int, row_blocks: int, pdl: bool
-) -> Tuple[Kernel, Tuple[int, int]]:
-    """The combine kernel after ``plan.split_kv`` splits of so many tiles, and the elements of its two workspaces: the
-    splits' results, their maxima and sums."""
+) -> Tuple[Kernel, Tuple[Workspace, Workspace]]:
+    """The combine kernel after ``plan.split_kv`` splits of so many tiles, and its two workspaces: the splits' results,
+    their maxima and sums."""
     block_m, splits = plan.tile.block_m, plan.split_kv
     constants = dict(
         NUM_HEADS=problem.num_q_heads,
@@ -87,12 +88,7 @@ def combine_after(
         **launch_options(pdl),
     )
     slots = tiles * splits * block_m
-    return combine, (slots * block_dv, slots * 2)
-
-
-def workspaces(sizes: Tuple[int, int], device: torch.device) -> List[torch.Tensor]:
-    """The splits' results and their maxima and sums, for one call."""
-    return [torch.empty(n, dtype=torch.float32, device=device) for n in sizes]
+    return combine, (Workspace("partial", slots * block_dv), Workspace("partial_ml", slots * 2))
 
 
 Boxes = Optional[Tuple[List[int], List[int]]]  # the shapes of the TMA boxes of K and V
@@ -102,8 +98,9 @@ def _tensors(boxes: Boxes, inputs: Inputs) -> Tuple[List[object], ...]:
     return (_extend_tensors(inputs, boxes, None, None),)
 
 
-def _tensors_of_splits(boxes: Boxes, sizes: Tuple[int, int], inputs: Inputs) -> Tuple[List[object], ...]:
-    partial, partial_ml = workspaces(sizes, inputs.q.device)
+def _tensors_of_splits(
+    boxes: Boxes, inputs: Inputs, partial: torch.Tensor, partial_ml: torch.Tensor
+) -> Tuple[List[object], ...]:
     combine = [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, partial, partial_ml]
     return _extend_tensors(inputs, boxes, partial, partial_ml), combine
 

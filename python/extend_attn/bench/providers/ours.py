@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 from .base import OWN, Prepared, Provider
 
 if TYPE_CHECKING:
     from ..data import Batch
+
+
+MAX_LEN_EXTEND = 12  # its place among the arguments
 
 
 class Ours(Provider):
@@ -35,7 +39,19 @@ class Ours(Provider):
         run(0)  # a tile that does not fit after all is replaced in the first call; the plan is read after it
         _, problem, chosen = prepare(*calls[0], **options)
         on_gpu = batch.device.type == "cuda"  # a CPU runs the reference, with no plan
-        return Prepared(run=run, plan=plan_json(chosen) if on_gpu else None, problem=problem.to_json())
+        longer = [*calls[0]]
+
+        def other_lengths(n: int):
+            longer[MAX_LEN_EXTEND] = batch.row.new_tokens + n
+            extend_attention_fwd(*longer, **options)
+
+        return Prepared(
+            run=run,
+            plan=plan_json(chosen) if on_gpu else None,
+            problem=problem.to_json(),
+            call=partial(extend_attention_fwd, *calls[0], **options),
+            other_lengths=other_lengths,
+        )
 
     def versions(self) -> Dict[str, str]:
         from extend_attn import __version__
