@@ -25,21 +25,12 @@ from .providers import OWN, PROVIDERS, Device, Skip
 HOST_BURST = 100  # calls; up to four launches each fit into the queue
 
 
-class Worker:
-    """Holds the tensors of the row in hand, so that its providers share them and the reference is computed once."""
+class TaskWorker:
+    """Answers tasks by the name in ``op``; whatever goes wrong in one is its answer."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._batch: Optional[Batch] = None
-        self._tasks: Dict[str, Callable[[dict], dict]] = {
-            "hello": self.hello,
-            "ceilings": self.ceilings,
-            "plans": self.plans,
-            "compile": self.compile,
-            "measure": self.measure,
-            "host": self.host,
-            "hang": self.hang,
-        }
+        self._tasks: Dict[str, Callable[[dict], dict]] = {"hello": self.hello, "hang": self.hang}
 
     def answer(self, task: dict) -> dict:
         """One task's result: its fields, or ``skipped`` or ``failed`` with the reason."""
@@ -61,14 +52,51 @@ class Worker:
             versions["triton"] = triton.__version__
         except ImportError:
             pass
-        for name in task.get("providers", ()):
-            versions.update(PROVIDERS[name].versions())
         answer = {"device": facts.name, "type": facts.type, "versions": versions}
         if facts.type == "cuda":
             from ..devices import device_spec
 
             spec = device_spec(self.device)
             answer.update(arch=spec.arch, sm_count=spec.sm_count)
+        return answer
+
+    def hang(self, task: dict) -> dict:
+        """Never answers within the asked seconds: what the runner's time limit is tested with."""
+        time.sleep(task["seconds"])
+        return {}
+
+    def _device(self) -> Device:
+        if self.device.type == "cuda":
+            found = torch.cuda.get_device_properties(self.device)
+            return Device("cuda", found.name, (found.major, found.minor))
+        return Device("cpu", cpu_name())
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _device_works(self) -> bool:
+        """After some errors (an illegal address) every later CUDA call of the process fails."""
+        try:
+            self._synchronize()
+            return True
+        except RuntimeError:
+            return False
+
+
+class Worker(TaskWorker):
+    """Holds the tensors of the row in hand, so that its providers share them and the reference is computed once."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._batch: Optional[Batch] = None
+        own = (self.ceilings, self.plans, self.compile, self.measure, self.host)
+        self._tasks.update((task.__name__, task) for task in own)
+
+    def hello(self, task: dict) -> dict:
+        answer = super().hello(task)
+        for name in task.get("providers", ()):
+            answer["versions"].update(PROVIDERS[name].versions())
         return answer
 
     def ceilings(self, task: dict) -> dict:
@@ -135,11 +163,6 @@ class Worker:
             answer["us_other_lengths"] = timing.host_us(calls, self._synchronize, bursts=1)
         return answer
 
-    def hang(self, task: dict) -> dict:
-        """Never answers within the asked seconds: what the runner's time limit is tested with."""
-        time.sleep(task["seconds"])
-        return {}
-
     def _provider(self, task: dict, row: Row) -> Any:
         provider = PROVIDERS[task.get("provider", OWN)]
         reason = provider.refuses(row, self._device())
@@ -156,24 +179,6 @@ class Worker:
             self._batch = make_batch(row, self.device)
         return self._batch
 
-    def _device(self) -> Device:
-        if self.device.type == "cuda":
-            found = torch.cuda.get_device_properties(self.device)
-            return Device("cuda", found.name, (found.major, found.minor))
-        return Device("cpu", cpu_name())
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _device_works(self) -> bool:
-        """After some errors (an illegal address) every later CUDA call of the process fails."""
-        try:
-            self._synchronize()
-            return True
-        except RuntimeError:
-            return False
-
 
 def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -188,17 +193,22 @@ def cpu_name() -> str:
         return "CPU"
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    device = torch.device((sys.argv[1:] if argv is None else argv)[0])
+def serve(make_worker: Callable[[], TaskWorker]) -> int:
+    """Answer the tasks that standard input brings, until it ends or an answer is ``fatal``; the exit status."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    worker = Worker(device)
+    worker = make_worker()
     for line in sys.stdin:
         answer = worker.answer(json.loads(line))
         print(json.dumps(answer), file=answers, flush=True)
         if answer.get("fatal"):
             return 1
     return 0
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    device = torch.device((sys.argv[1:] if argv is None else argv)[0])
+    return serve(lambda: Worker(device))
 
 
 if __name__ == "__main__":
