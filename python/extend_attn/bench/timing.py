@@ -30,13 +30,15 @@ def rotations(bytes_per_call: int, l2_bytes: int, most: int = 20) -> int:
     return max(2, min(most, -(-4 * l2_bytes // max(1, bytes_per_call))))
 
 
-def graph_us(run: Run, num_sets: int) -> Tuple[float, List[object]]:
-    """Median us of one call, by replaying a graph of calls over all sets. Also what the captured calls returned.
+def graph_us(run: Run, num_sets: int, *, burst_us: float = BURST_US) -> Tuple[float, List[object]]:
+    """Median us of one call, by replaying a graph of calls over all sets for about ``burst_us``. Also what the captured
+    calls returned.
 
     The caller has run every set once already (compilation and workspaces lie behind us). Raises what capture raises.
     """
     estimate = max(1.0, _event_us(lambda: [run(i) for i in range(num_sets)]) / num_sets)
-    rounds = max(1, min(MAX_CALLS // num_sets, int(GRAPH_US / (estimate * num_sets)) + 1))
+    graph_length = min(GRAPH_US, burst_us / 10)
+    rounds = max(1, min(MAX_CALLS // num_sets, int(graph_length / (estimate * num_sets)) + 1))
     graph = torch.cuda.CUDAGraph()
     returned: List[object] = []
     with torch.cuda.graph(graph):
@@ -44,7 +46,7 @@ def graph_us(run: Run, num_sets: int) -> Tuple[float, List[object]]:
             returned = [run(i) for i in range(num_sets)]
     graph.replay()
     replay = _event_us(graph.replay)
-    replays = max(5, min(30, int(BURST_US / max(1.0, replay))))
+    replays = max(5, min(30, int(burst_us / max(1.0, replay))))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     marks[0].record()
     for mark in marks[1:]:
