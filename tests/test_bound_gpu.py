@@ -128,16 +128,22 @@ def test_alignment_of_each_tensor(name, plan, monkeypatch):
             right(one.with_(**{name: _moved(one.kwargs[name], elements)}))
 
 
+ANY = [
+    *(dict(RULES[name]) for name in ("plain", "window", "tree", "fp8", "qkv", "int32")),
+    {"unified": True},
+    {"dtype": torch.float16},
+    {"layout": "odd"},
+]
+
+
 def test_calls_of_any_kind_in_any_order():
     """Types, strides, alignments, rules and lengths drawn at random, many times each: every answer is its own."""
     pick = random.Random(0)
-    kinds = [dict(RULES[name], unified=unified) for name in RULES for unified in (False, True)]
-    kinds += [{"dtype": torch.float16}, {"dtype": torch.float16, "out_dtype": torch.float32}, {"layout": "odd"}]
-    lengths = [[(1, 5)], [(4, 70), (2, 300), (3, 0)], [(1, 30)] * 5, [(16, 16), (0, 0), (9, 100)]]
-    made = [case(chosen, seed=seed, **kind) for seed, kind in enumerate(kinds) for chosen in lengths]
+    lengths = [[(1, 5)], [(4, 70), (2, 300), (3, 0)], [(1, 30)] * 5, [(8, 16), (0, 0), (3, 100)]]
+    made = [case(chosen, seed=i, **kind) for i, kind in enumerate(ANY) for chosen in lengths]
     for one in pick.choices(made, k=4 * len(made)):
-        if not one.spec.alias:
-            one = one.with_(k_buffer=_moved(one.kwargs["k_buffer"], pick.choice([0, 0, 0, 1, 8])))
+        if pick.random() < 0.2:
+            one = one.with_(k_buffer=_moved(one.kwargs["k_buffer"], pick.choice([1, 8])))
         right(one)
 
 

@@ -14,7 +14,7 @@ from cases import make_case
 from modes import modes
 
 import extend_attn
-from extend_attn import attention, calls
+from extend_attn import attention, calls, guards
 from extend_attn import inputs as checks
 from extend_attn.plan.select import forget
 
@@ -22,8 +22,11 @@ FULL = dict(mask="random", mask_prefix=True, window=9, cut=[0, 0], sinks=torch.f
 LENGTHS = [(17, 8), (4, 5)]
 
 
-@pytest.fixture(autouse=True)
-def nothing_remembered():
+@pytest.fixture(autouse=True, params=["guards", "signatures"])
+def nothing_remembered(request, monkeypatch):
+    """With torch's check of all tensors at once, and as where torch has none."""
+    if request.param == "signatures":
+        monkeypatch.setattr(guards, "_TensorGuards", None)
     calls.forget()
     yield
     calls.forget()

@@ -125,7 +125,7 @@ def extend_attention_fwd(
         KernelNotLoaded: a kernel is missing and a CUDA graph is being captured; see ``warmup``.
     """
     _refuse(batch_invariant)
-    signature, call = calls.repeated(
+    likeness, call = calls.repeated(
         False,
         (
             q_extend, k_extend, v_extend, o_extend, k_buffer, v_buffer, qo_indptr, kv_indptr, kv_indices, None,
@@ -146,7 +146,7 @@ def extend_attention_fwd(
             sliding_window_size, sinks, window_kv_offsets, xai_temperature_len,
             return_lse=return_lse, q_positions=q_positions, max_len_prefix=max_len_prefix,
         )  # fmt: skip
-        call = calls.first(signature, checked)
+        call = calls.first(likeness, checked)
     return _run(call, plan, tile, check)
 
 
@@ -194,7 +194,7 @@ def extend_attention_fwd_unified(
             window.
     """
     _refuse(batch_invariant)
-    signature, call = calls.repeated(
+    likeness, call = calls.repeated(
         True,
         (
             q, None, None, o, k_buffer, v_buffer, qo_indptr, kv_indptr, kv_indices, prefix_lens, custom_mask,
@@ -211,7 +211,7 @@ def extend_attention_fwd_unified(
             custom_mask, mask_indptr, sm_scale, logit_cap, is_causal, sliding_window_size, sinks, window_start_pos,
             xai_temperature_len, return_lse=return_lse, q_positions=q_positions, max_len_prefix=max_len_prefix,
         )  # fmt: skip
-        call = calls.first(signature, checked)
+        call = calls.first(likeness, checked)
     return _run(call, plan, tile, check)
 
 

@@ -13,12 +13,13 @@ nothing but the call's addresses. Nothing here holds a tensor.
 from __future__ import annotations
 
 import os
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
 from . import inputs as _inputs
-from .inputs import Inputs
+from .guards import Guard, guard_of
+from .inputs import ALIGNMENT, Inputs
 from .plan.select import on_forget
 from .plan.tables import ENVIRONMENT
 from .plan.tile import Plan
@@ -27,6 +28,7 @@ from .problem import Problem
 # Past one of these limits what is remembered is dropped and found anew. Scales and windows are part of a signature.
 MAX_SIGNATURES = 512  # layers that differ x phases (prefill, decode, verify)
 MAX_LENGTHS = 64  # of one signature
+MAX_GUARDS = 4  # of calls that differ in tensors alone; each takes 1 us to ask
 
 
 class Prepared:
@@ -59,6 +61,7 @@ class _Known(NamedTuple):
 
 
 _known: Dict[tuple, _Known] = {}
+_guards: Dict[tuple, List[Guard]] = {}
 
 # prefix_lens to lse of Inputs: most calls have none of them
 _NO_OTHERS = (None,) * 7
@@ -73,91 +76,84 @@ _table_in_environment = getattr(_environ, "_data", _environ).get
 def forget() -> None:
     """Drops all that is remembered."""
     _known.clear()
+    _guards.clear()
 
 
 on_forget(forget)
 
 
-def first(signature: Optional[tuple], checked: Inputs) -> Call:
-    """A call that was checked in full, which is remembered under its signature (None: not)."""
+class Likeness(NamedTuple):
+    """What a call that passes is remembered by: its signature, and its kind, which leads to guards."""
+
+    signature: tuple
+    kind: tuple
+    tensors: tuple
+
+
+def first(likeness: Optional[Likeness], checked: Inputs) -> Call:
+    """A call that was checked in full; it is remembered unless there is nothing to remember it by."""
     problem = checked.problem()
     prepared = Prepared(problem)
     # -0.0 == 0.0, so a signature can't tell these two scales apart; they are not worth a place in it
-    if signature is not None and checked.v_scale != 0:
+    if likeness is not None and checked.v_scale != 0:
         if len(_known) >= MAX_SIGNATURES:
-            _known.clear()
+            forget()
         scalars = checked[Inputs._fields.index("sm_scale") :]
         lengths = (
             problem.batch_size, problem.num_tokens, problem.max_len_extend, problem.num_kv_indices,
             problem.max_len_prefix, _table_in_environment(_TABLE),
         )  # fmt: skip
         has_window, has_lse = checked.sliding_window > 0, checked.lse is not None
-        _known[signature] = _Known(problem, scalars, has_window, has_lse, {lengths: prepared})
+        known = _Known(problem, scalars, has_window, has_lse, {lengths: prepared})
+        _known[likeness.signature] = known
+        _add_guard(likeness.kind, likeness.tensors, checked, known)
     return prepared, checked, None, checked.lse
 
 
 def repeated(
     is_unified: bool, tensors: tuple, max_len_extend: Any, max_len_prefix: Any, scalars: tuple, launchable: bool
-) -> Tuple[Optional[tuple], Optional[Call]]:
-    """(the call's signature, None where none can be taken; the call, None unless one of its signature passed before).
+) -> Tuple[Optional[Likeness], Optional[Call]]:
+    """(what ``first`` remembers the call by, None if by nothing; the call, None unless one like it passed before).
 
     ``tensors`` are unchecked, in the order of Inputs; ``scalars`` are all other arguments that are checked, the same
     ones in each call of a function. ``launchable``: nothing but the default plan is asked for, so that a bound call
     needs no more than addresses. No check is made here, and nothing on the device is touched.
     """
-    (
-        q, k_new, v_new, o, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr, sinks,
-        offsets, q_positions,
-    ) = tensors  # fmt: skip
     if type(max_len_extend) is not int or max_len_extend < 0:
         return None, None
     if max_len_prefix is not None and (type(max_len_prefix) is not int or max_len_prefix < 0):
         return None, None
-    new = pool = more = None
-    k_rows = v_rows = k_at = v_at = k_pool_at = v_pool_at = None
+    (
+        q, k_new, v_new, _, _, _, qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr, sinks, offsets,
+        q_positions,
+    ) = tensors  # fmt: skip
+    known: Optional[_Known] = None
+    guard = None
     try:
-        num_tokens, q_facts = _rows(q)
-        _, o_facts = _rows(o)
-        q_at, o_at = q.data_ptr(), o.data_ptr()
-        bits = q_at | o_at
-        batch_size, qo_facts = _vector(qo_indptr)
-        batch_size -= 1
-        num_indptr, kv_facts = _vector(kv_indptr)
-        num_indices, index_facts = _vector(kv_indices)
-        if not is_unified:
-            k_rows, k_facts = _rows(k_new)
-            v_rows, v_facts = _rows(v_new)
-            k_at, v_at = k_new.data_ptr(), v_new.data_ptr()
-            bits |= k_at | v_at
-            new = (k_facts, v_facts, k_at == v_at)
-        if is_unified or num_indices:
-            num_slots, k_facts = _rows(k_pool)
-            num_values, v_facts = _rows(v_pool)
-            k_pool_at, v_pool_at = k_pool.data_ptr(), v_pool.data_ptr()
-            bits |= k_pool_at | v_pool_at
-            pool = (k_facts, v_facts, k_pool_at == v_pool_at, num_slots == num_values)
-        if bits & 15:  # kernels are specialised for the alignment of each
-            more = [at is not None and at & 15 == 0 for at in (q_at, k_at, v_at, o_at, k_pool_at, v_pool_at)]
-            more = (bits & 15, *more)
-        if q_facts[2] < 0:  # not a GPU: the CPU's tensors and those without memory look alike so far
-            more = (more, *[t.device for t in tensors if t is not None])
-        signature = (
-            is_unified, q_facts, o_facts, new, pool, more, qo_facts, kv_facts, index_facts, batch_size >= 0,
-            num_indptr > batch_size,
-            prefix_lens is not None and _vector_of(prefix_lens, batch_size),
-            mask is not None and (_vector_of(mask, 0), _vector_of(mask_indptr, batch_size + 1)),
-            sinks is not None and _vector_of(sinks, q_facts[3]),
-            offsets is not None and _vector_of(offsets, batch_size),
-            q_positions is not None and _vector_of(q_positions, 0),
-            *map(type, scalars),  # before the values: 1 == 1.0 == True, and an odd type's == must not be called
-            scalars,
-        )  # fmt: skip
-        known = _known.get(signature)
+        alone = prefix_lens is mask is mask_indptr is sinks is offsets is q_positions is None
+        there = None if alone else tuple([t is None for t in tensors])
+        # types before values: 1 == 1.0 == True, and an odd type's == must not be called
+        kind = (there, *map(type, scalars), scalars)
+        guards = _guards.get(kind)
+        if guards is not None:
+            present = tensors[:_NUM_ALONE] if alone else [t for t in tensors if t is not None]
+            for guard in guards:
+                if guard.check(*present):
+                    sizes = _sizes_if_like(guard, is_unified, tensors)
+                    if sizes is not None:
+                        known = guard.known
+                        break
+        if known is None:
+            sizes, facts = _facts(is_unified, tensors)
+            signature = (is_unified, *facts, *kind)
+            known = _known.get(signature)
+            if known is None:
+                return Likeness(signature, kind, tensors), None
+            guard = None  # a new one is worth its while
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return None, None  # something that is no tensor, has not these dimensions, cannot be hashed
-    if known is None:
-        return signature, None
 
+    num_tokens, batch_size, num_indices, at = sizes
     lengths = (batch_size, num_tokens, max_len_extend, num_indices, max_len_prefix, _table_in_environment(_TABLE))
     prepared = known.prepared.get(lengths)
     if prepared is None:
@@ -166,29 +162,120 @@ def repeated(
             known.prepared.clear()
         known.prepared[lengths] = prepared
     lse = _inputs.empty_lse(q) if known.has_lse else None
-    if prefix_lens is mask is sinks is offsets is q_positions is lse:  # all None, since lse is new
-        others: tuple = _NO_OTHERS
-        at: Any = _NO_OTHERS
-    else:
+    others: tuple = _NO_OTHERS
+    others_at: Any = _NO_OTHERS
+    if lse is not None or not alone:
         others = (
             prefix_lens, mask, None if mask is None else mask_indptr, sinks, offsets if known.has_window else None,
             q_positions, lse,
         )  # fmt: skip
-        at = [None if t is None else t.data_ptr() for t in others]
-    addresses = (
-        q_at, k_at, v_at, o_at, k_pool_at, v_pool_at, qo_indptr.data_ptr(), kv_indptr.data_ptr(),
-        kv_indices.data_ptr(), *at, k_rows, v_rows, None,
-    )  # fmt: skip
+        others_at = [None if t is None else t.data_ptr() for t in others]
     bound = prepared.bound
+    k_rows = v_rows = None
+    if k_new is not None and (not bound or bound.needs_rows):
+        k_rows, v_rows = k_new.shape[0], v_new.shape[0]
+    addresses = (
+        *at, qo_indptr.data_ptr(), kv_indptr.data_ptr(), kv_indices.data_ptr(), *others_at, k_rows, v_rows, None,
+    )  # fmt: skip
     if launchable and bound and bound.ready():
-        return signature, (prepared, None, addresses, lse)
-    if pool is None:
-        k_pool = v_pool = None
+        return None, (prepared, None, addresses, lse)
+    pool = tensors[4:6] if is_unified or num_indices else (None, None)
     checked = Inputs._make((
-        q, k_new, v_new, o, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, *others, batch_size, max_len_extend,
-        max_len_prefix, *known.scalars,
+        *tensors[:4], *pool, qo_indptr, kv_indptr, kv_indices, *others, batch_size, max_len_extend, max_len_prefix,
+        *known.scalars,
     ))  # fmt: skip
-    return signature, (prepared, checked, addresses, lse)
+    if guard is None:
+        _add_guard(kind, tensors, checked, known)
+    return None, (prepared, checked, addresses, lse)
+
+
+_NUM_ALONE = 9  # tensors up to kv_indices
+_Sizes = Tuple[int, int, int, tuple]  # rows of q, sequences, elements of kv_indices, addresses of the row tensors
+
+
+def _sizes_if_like(guard: Guard, is_unified: bool, tensors: tuple) -> Optional[_Sizes]:
+    """The sizes of a call that passed the guard's check, if what that does not see is alike as well."""
+    q, k_new, v_new, o, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices = tensors[:_NUM_ALONE]
+    batch_size = qo_indptr.shape[0] - 1
+    if not 0 <= batch_size < kv_indptr.shape[0]:
+        return None
+    num_indices = kv_indices.shape[0]
+    q_at, o_at = q.data_ptr(), o.data_ptr()
+    bits = q_at | o_at
+    k_at = v_at = k_pool_at = v_pool_at = None
+    if not is_unified:
+        if (num_indices > 0) != guard.has_pool:
+            return None
+        k_at, v_at = k_new.data_ptr(), v_new.data_ptr()
+        bits |= k_at | v_at
+        if (k_at == v_at) != guard.v_is_k_new:
+            return None
+    if guard.has_pool:
+        k_pool_at, v_pool_at = k_pool.data_ptr(), v_pool.data_ptr()
+        bits |= k_pool_at | v_pool_at
+        if (k_pool_at == v_pool_at) != guard.v_is_k_pool:
+            return None
+    if bits % ALIGNMENT:
+        return None
+    prefix_lens, _, mask_indptr, _, offsets, _ = tensors[_NUM_ALONE:]
+    if prefix_lens is mask_indptr is offsets is None:
+        pass
+    elif any(t is not None and t.shape[0] < batch_size for t in (prefix_lens, offsets)):
+        return None
+    elif mask_indptr is not None and mask_indptr.shape[0] <= batch_size:
+        return None
+    return q.shape[0], batch_size, num_indices, (q_at, k_at, v_at, o_at, k_pool_at, v_pool_at)
+
+
+def _facts(is_unified: bool, tensors: tuple) -> Tuple[_Sizes, tuple]:
+    """(sizes, every fact of the tensors that checks look at). Raises for what is no tensor of these dimensions."""
+    (
+        q, k_new, v_new, o, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr, sinks,
+        offsets, q_positions,
+    ) = tensors  # fmt: skip
+    new = pool = more = None
+    k_at = v_at = k_pool_at = v_pool_at = None
+    num_tokens, q_facts = _rows(q)
+    _, o_facts = _rows(o)
+    q_at, o_at = q.data_ptr(), o.data_ptr()
+    bits = q_at | o_at
+    batch_size, qo_facts = _vector(qo_indptr)
+    batch_size -= 1
+    num_indptr, kv_facts = _vector(kv_indptr)
+    num_indices, index_facts = _vector(kv_indices)
+    if not is_unified:
+        (_, k_facts), (_, v_facts) = _rows(k_new), _rows(v_new)
+        k_at, v_at = k_new.data_ptr(), v_new.data_ptr()
+        bits |= k_at | v_at
+        new = (k_facts, v_facts, k_at == v_at)
+    if is_unified or num_indices:
+        (num_slots, k_facts), (num_values, v_facts) = _rows(k_pool), _rows(v_pool)
+        k_pool_at, v_pool_at = k_pool.data_ptr(), v_pool.data_ptr()
+        bits |= k_pool_at | v_pool_at
+        pool = (k_facts, v_facts, k_pool_at == v_pool_at, num_slots == num_values)
+    at = (q_at, k_at, v_at, o_at, k_pool_at, v_pool_at)
+    if bits % ALIGNMENT:  # kernels are specialised for the alignment of each
+        more = (bits % ALIGNMENT, *[a is not None and a % ALIGNMENT == 0 for a in at])
+    if q_facts[2] < 0:  # not a GPU: the CPU's tensors and those without memory look alike so far
+        more = (more, *[t.device for t in tensors if t is not None])
+    facts = (
+        q_facts, o_facts, new, pool, more, qo_facts, kv_facts, index_facts, batch_size >= 0, num_indptr > batch_size,
+        prefix_lens is not None and _vector_of(prefix_lens, batch_size),
+        mask is not None and (_vector_of(mask, 0), _vector_of(mask_indptr, batch_size + 1)),
+        sinks is not None and _vector_of(sinks, q_facts[3]),
+        offsets is not None and _vector_of(offsets, batch_size),
+        q_positions is not None and _vector_of(q_positions, 0),
+    )  # fmt: skip
+    return (num_tokens, batch_size, num_indices, at), facts
+
+
+def _add_guard(kind: tuple, tensors: tuple, checked: Inputs, known: _Known) -> None:
+    """Remembers how calls like this one are recognised at once; the newest first, since that is what goes on."""
+    guard = guard_of(tensors, checked, known)
+    if guard is not None:
+        if len(_guards) >= MAX_SIGNATURES:
+            _guards.clear()
+        _guards[kind] = [guard, *_guards.get(kind, [])][:MAX_GUARDS]
 
 
 def _rows(t: Any) -> Tuple[int, tuple]:

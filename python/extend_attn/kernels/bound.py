@@ -56,7 +56,7 @@ class _Launch(NamedTuple):
 class Bound:
     """The launches of a recipe for calls of one kind on one device. Ask ``ready`` before each ``launch``."""
 
-    __slots__ = ("_descriptors", "_device", "_hooks", "_launches", "_workspaces")
+    __slots__ = ("_descriptors", "_device", "_hooks", "_launches", "_others", "_workspaces", "needs_rows")
 
     def __init__(
         self,
@@ -68,10 +68,14 @@ class Bound:
     ) -> None:
         self._device, self._launches, self._hooks = device, launches, hooks
         self._workspaces, self._descriptors = workspaces, descriptors
+        self.needs_rows = bool(descriptors)
+        self._others = torch.cuda.device_count() > 1
 
     def ready(self) -> bool:
         """Whether the kernels' device is the current one and nobody wants to see the launches."""
-        return _current_device() == self._device.index and not hooked() and not any(self._hooks)
+        if self._others and _current_device() != self._device.index:
+            return False
+        return not hooked() and not any(self._hooks)
 
     def launch(self, addresses: tuple) -> None:
         """Enqueues the kernels on the current stream."""

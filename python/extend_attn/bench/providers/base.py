@@ -36,7 +36,7 @@ class Prepared:
     plan: Optional[Dict[str, Any]] = None
     problem: Optional[Dict[str, Any]] = None  # the library's own: what a measured table is keyed by
     call: Optional[Callable[[], Any]] = None
-    other_lengths: Optional[Callable[[int], Any]] = None  # call with the n-th bound of lengths that was not seen
+    other_lengths: Optional[Callable[[int], Callable[[], Any]]] = None  # the n-th call with lengths of its own
     keep: List[Any] = field(default_factory=list)  # what must outlive the calls
 
 

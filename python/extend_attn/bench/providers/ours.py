@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..data import Batch
 
 
-MAX_LEN_EXTEND = 12  # its place among the arguments
+KV_INDICES, MAX_LEN_EXTEND = 8, 12  # their places among the arguments
 
 
 class Ours(Provider):
@@ -20,6 +20,8 @@ class Ours(Provider):
     what = "this library; --plan, --sweep and --candidates choose its plan"
 
     def prepare(self, batch: Batch, plan: Optional[Any] = None) -> Prepared:
+        import torch
+
         from extend_attn.attention import extend_attention_fwd, prepare
 
         def arguments(i: int) -> tuple:
@@ -39,11 +41,14 @@ class Ours(Provider):
         run(0)  # a tile that does not fit after all is replaced in the first call; the plan is read after it
         _, problem, chosen = prepare(*calls[0], **options)
         on_gpu = batch.device.type == "cuda"  # a CPU runs the reference, with no plan
-        longer = [*calls[0]]
 
         def other_lengths(n: int):
-            longer[MAX_LEN_EXTEND] = batch.row.new_tokens + n
-            extend_attention_fwd(*longer, **options)
+            """As in an engine's next step: a longer array of slots, or, without a prefix, another bound."""
+            longer = [*calls[0]]
+            slots = longer[KV_INDICES]
+            longer[KV_INDICES] = torch.cat([slots, slots[:n]])
+            longer[MAX_LEN_EXTEND] += n * (batch.row.prefix == 0)
+            return partial(extend_attention_fwd, *longer, **options)
 
         return Prepared(
             run=run,
