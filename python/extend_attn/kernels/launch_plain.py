@@ -6,7 +6,6 @@ import functools
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-import triton
 
 from ..inputs import Inputs
 from ..plan.blocks import block_head_dim, block_head_dim_v
@@ -17,6 +16,10 @@ from .compat import CAN_PDL, launch_options, tensor_descriptor
 from .extend import extend_kernel
 from .recipe import NUM_TENSORS, Kernel, Recipe, features, kernel, scalars, strides
 from .workspace import Workspace
+
+# Elements of the splits' results that a combine program has in hand. One size for all numbers of splits: what there is
+# less of is masked, and a model compiles one combine kernel.
+COMBINE_ELEMENTS = 4096
 
 
 def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
@@ -40,7 +43,6 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         ROWS=rows,
         PACKED=packed,
         SPLIT=splits > 1,
-        ONE_SEQUENCE=problem.batch_size == 1,
         TMA=plan.tma,
         PDL=pdl,
     )
@@ -76,7 +78,7 @@ def combine_after(
         LSE=problem.return_lse,
         BLOCK_M=block_m,
         ROWS=problem.group,
-        CHUNK=max(2, min(triton.next_power_of_2(splits), 4096 // block_dv)),
+        CHUNK=max(2, COMBINE_ELEMENTS // block_dv),
         PDL=pdl,
     )
     combine = kernel(
