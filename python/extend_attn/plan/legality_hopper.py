@@ -7,27 +7,31 @@ from typing import Callable, Dict, Optional, Tuple
 from ..problem import ELEMENT_SIZE, Problem
 from .blocks import next_power_of_2
 from .device import DeviceSpec
-from .tile import Plan
+from .tile import Plan, Tile
 
 GLUON_TRITON = (3, 6)  # the first whose Gluon has warp specialisation with registers for each partition
 CAPABILITY = (9, 0)  # warpgroup products are this architecture's alone
 ALIGNMENT = 16  # bytes of one asynchronous copy, and so of base pointers and strides
 COLUMNS = 8  # elements of one asynchronous copy: head dims are multiples
 SWIZZLE = 64  # 16-bit columns of the widest swizzle; narrower blocks are padded to it
+PACKED_ROWS_MAX = 64
+# Registers of accumulator, logits, weights and sums that leave a consumer enough for the rest: of 160, of 200 to 240.
+HELD_OF_TWO, HELD_MAX = 80, 176
 BARRIERS = 1024  # bytes: mbarriers and what warp specialisation keeps in shared memory
 
 
-def hopper_blocks(head_dim_qk: int, head_dim_v: int) -> Tuple[int, int, int]:
-    """(BLOCK_D, BLOCK_PE, BLOCK_DV): the key's head dim as one block or as two where that wastes less, the value's.
+def packed_blocks(problem: Problem) -> Tuple[int, int]:
+    """(BLOCK_D, BLOCK_PE): columns of a slot of the ring, which holds K or V, and of the rest of K beside it.
 
-    192 is 128 + 64, 576 is 512 + 64; 96 is padded to 128. Padding costs shared memory, not traffic.
+    192/128 is 128 and 64, 576/512 is 512 and 64; otherwise one block holds either. Padding costs shared memory, not
+    traffic.
     """
-    whole = max(SWIZZLE, next_power_of_2(head_dim_qk))
-    half = whole // 2
-    rest = max(SWIZZLE, next_power_of_2(head_dim_qk - half))
-    split = half >= SWIZZLE and half < head_dim_qk and half + rest < whole
-    block_dv = max(SWIZZLE, next_power_of_2(head_dim_v))
-    return (half, rest, block_dv) if split else (whole, 0, block_dv)
+    block_dv = max(SWIZZLE, next_power_of_2(problem.head_dim_v))
+    whole = max(SWIZZLE, next_power_of_2(problem.head_dim_qk))
+    rest = max(SWIZZLE, next_power_of_2(problem.head_dim_qk - whole // 2))
+    if SWIZZLE <= whole // 2 < problem.head_dim_qk and rest < whole // 2 and block_dv <= whole // 2:
+        return whole // 2, rest
+    return max(whole, block_dv), 0
 
 
 def hopper_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
@@ -60,16 +64,61 @@ def _no_gluon(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]
     return None
 
 
+def v_is_k(problem: Problem) -> bool:
+    """Whether every V row lies in its K row, so that one read serves both (absorbed MLA)."""
+    pool = problem.v_aliases_k_pool or not problem.has_pool
+    return pool and (problem.unified or problem.v_aliases_k_new)
+
+
+def is_fp8(problem: Problem) -> bool:
+    """Whether pool rows are converted on their way."""
+    return problem.has_pool and problem.kv_dtype != problem.dtype
+
+
+def packed_registers(problem: Problem, plan: Plan) -> Tuple[int, int]:
+    """(registers a thread that the launch reserves, those that a producer keeps); consumers share the rest.
+
+    One warpgroup of consumers and one of producers get 160 and 96, which leaves room for two programs a
+    multiprocessor. Many rows, or a group of producers for each of K and V, take what one program can have.
+    """
+    if is_fp8(problem):
+        return 168, 128
+    return (168, 96) if packed_held(problem, plan.tile) > HELD_OF_TWO or plan.tile.num_warps > 4 else (128, 96)
+
+
+def packed_held(problem: Problem, tile: Tile) -> int:
+    """Registers of a consumer's thread that hold accumulator, logits, weights and sums."""
+    return tile.block_m * (packed_blocks(problem)[0] + 3 * tile.block_n) // (tile.num_warps * 32)
+
+
 def _packed_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
-    return "hopper_packed: not in this version"
+    tile = plan.tile
+    if plan.pack_gqa:
+        return "pack_gqa: a flag of the tiled families; the packed ones always pack"
+    if tile.num_warps not in (4, 8):
+        return f"num_warps: {tile.num_warps}; the consumers are one or two warpgroups, 4 or 8"
+    if tile.block_n not in (64, 128):
+        return f"block_n: {tile.block_n}; a warpgroup product is 64 keys high, so 64 or 128"
+    if tile.block_m < 2 * tile.num_warps or tile.block_m > PACKED_ROWS_MAX:
+        return f"block_m: {tile.block_m}; with {tile.num_warps} warps {2 * tile.num_warps} to {PACKED_ROWS_MAX}"
+    if tile.num_stages < 2:
+        return "num_stages: 1; K and V take a slot of the ring each"
+    registers = packed_held(problem, tile)
+    if registers > HELD_MAX:
+        return f"registers: {registers} a thread for accumulator, logits and sums; there are {HELD_MAX} to hold them"
+    needed = _packed_shared_memory(problem, plan)
+    if needed > device.shared_memory:
+        return f"shared memory: about {needed} bytes; a block on {device.arch} has {device.shared_memory}"
+    return None
 
 
 def _packed_shared_memory(problem: Problem, plan: Plan) -> int:
-    block_d, block_pe, block_dv = hopper_blocks(problem.head_dim_qk, problem.head_dim_v)
-    size = ELEMENT_SIZE[problem.dtype]
-    rows = plan.tile.block_m * (block_d + block_pe + plan.tile.block_n)
-    ring = plan.tile.num_stages * plan.tile.block_n * max(block_d + block_pe, block_dv)
-    return (rows + ring) * size + BARRIERS
+    tile = plan.tile
+    block_d, block_pe = packed_blocks(problem)
+    pe_stages = tile.num_stages if v_is_k(problem) else (tile.num_stages + 1) // 2
+    query = tile.block_m * (block_d + block_pe + tile.block_n)
+    ring = tile.block_n * (tile.num_stages * block_d + pe_stages * block_pe)
+    return (query + ring) * ELEMENT_SIZE[problem.dtype] + BARRIERS
 
 
 def _tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
@@ -77,9 +126,8 @@ def _tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional
 
 
 def _tiled_shared_memory(problem: Problem, plan: Plan) -> int:
-    block_d, block_pe, block_dv = hopper_blocks(problem.head_dim_qk, problem.head_dim_v)
     rows = plan.tile.block_m + plan.tile.num_stages * plan.tile.block_n
-    return rows * max(block_d + block_pe, block_dv) * ELEMENT_SIZE[problem.dtype] + BARRIERS
+    return rows * sum(packed_blocks(problem)) * ELEMENT_SIZE[problem.dtype] + BARRIERS
 
 
 _ILLEGAL: Dict[str, Callable[[Problem, Plan, DeviceSpec], Optional[str]]] = {
