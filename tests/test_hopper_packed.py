@@ -103,6 +103,30 @@ def test_layouts(index_dtype, layout):
 
 
 @gpu
+@pytest.mark.parametrize("programs", [1, 3, 17, 132, 500])
+@pytest.mark.parametrize("kind", ["plain", "fp8", "unified", "rows", "tree"])
+def test_even_shares(programs, kind):
+    """Every way a run can begin and end: within a list, at a border, over several lists, past the last."""
+    spec = {
+        "plain": {},
+        "fp8": dict(kv_dtype=torch.float8_e4m3fn, k_scale=0.5, v_scale=0.25),
+        "unified": dict(unified=True, sinks=torch.float32),
+        "rows": dict(lengths=[(20, 500), (0, 0), (40, 10), (1, 129), (33, 64)], heads=(8, 2), causal=False),
+        "tree": dict(mask="tree", tree_positions=True, temperature_len=100),
+    }[kind]
+    check({"programs": programs}, **{"dim": 128, "heads": (8, 2), **spec})
+
+
+@gpu
+@pytest.mark.parametrize("batch", [1, 40, 300])
+@pytest.mark.parametrize("spread", [0, 5, 900])
+def test_even_shares_of_many_sequences(batch, spread):
+    """Equal lists are not cut (spread 0); more sequences than one look takes."""
+    lengths = [(1 + b % 2 * (spread > 0), 600 - spread // 2 + b * 37 % (spread + 1)) for b in range(batch)]
+    check({"programs": 132}, dim=64, heads=(2, 1), lengths=[(e, max(p, 0)) for e, p in lengths])
+
+
+@gpu
 @pytest.mark.parametrize("splits", [1, 7])
 def test_repeats_are_bit_identical(splits):
     mode = GPU[FAMILY]
@@ -133,6 +157,8 @@ def test_repeats_are_bit_identical(splits):
         (VERIFY, {"tile": Tile(8, 128, 4, 5)}, "h100", "shared memory: "),
         (VERIFY, {"pack_gqa": True}, "h100", "pack_gqa"),
         (VERIFY, {"tma": True}, "h100", "tma"),
+        (VERIFY, {"programs": 132, "split_kv": 2}, "h100", "programs: 132 beside split_kv 2"),
+        (replace(VERIFY, sliding_window=100), {"programs": 132}, "h100", "programs: 132; a window"),
     ],
 )
 def test_what_cannot_run_says_why(problem, plan, device, reason):

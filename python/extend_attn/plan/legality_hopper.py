@@ -95,6 +95,10 @@ def _packed_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optiona
     tile = plan.tile
     if plan.pack_gqa:
         return "pack_gqa: a flag of the tiled families; the packed ones always pack"
+    if plan.programs and plan.split_kv > 1:
+        return f"programs: {plan.programs} beside split_kv {plan.split_kv}; keys are shared in one way or the other"
+    if plan.programs and problem.sliding_window > 0:
+        return f"programs: {plan.programs}; a window makes lengths alike, and even shares count whole lists"
     if tile.num_warps not in (4, 8):
         return f"num_warps: {tile.num_warps}; the consumers are one or two warpgroups, 4 or 8"
     if tile.block_n not in (64, 128):

@@ -29,11 +29,11 @@ def store_result(call, work, shape, acc, m_i, l_i):
 
 
 @gluon.jit
-def store_part(call, work, shape, acc, m_i, l_i):
-    """A split's accumulator, maxima and sums, as kernels/combine.py reads them; one without keys left a sum of 0."""
+def store_part(call, work, shape, acc, m_i, l_i, slot):
+    """A share's accumulator, maxima and sums in its slot, as kernels/combine.py reads them."""
     r = gl.arange(0, shape.BLOCK_M, layout=gl.SliceLayout(0, shape.MMA))
     columns = gl.arange(0, shape.BLOCK_D, layout=gl.SliceLayout(1, shape.MMA))
-    slot = gl.program_id(0).to(gl.int64)
+    slot = slot.to(gl.int64)
     gl.store(call.partial_ml + slot * (2 * shape.BLOCK_M) + r, m_i)
     gl.store(call.partial_ml + slot * (2 * shape.BLOCK_M) + shape.BLOCK_M + r, l_i)
     row_ok = work.row_first + r < work.extend_len * shape.GROUP

@@ -11,7 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .gather import exists_of, slots_of
-from .gluon_compat import constexpr_function, view_as
+from .gluon_compat import constexpr_function, view_as_words
+from .shares import next_work
 
 E4M3 = gl.constexpr(1)
 E5M2 = gl.constexpr(2)
@@ -80,9 +81,7 @@ def _put_codes(slot, words, COLUMN: gl.constexpr, KIND: gl.constexpr, HALF: gl.c
         ASSEMBLY, "=r,=r,r", [words], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
     )
     pairs = gl.join(low, high).reshape([words.shape[0], words.shape[1] * 2])
-    PAIRS: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
-    SHAPE: gl.constexpr = [slot.shape[0], slot.shape[1] // 2]
-    view_as(slot, gl.int32, SHAPE, PAIRS).slice(COLUMN // 2, words.shape[1] * 2, 1).store(pairs)
+    view_as_words(slot).slice(COLUMN // 2, words.shape[1] * 2, 1).store(pairs)
 
 
 @gluon.jit
@@ -99,7 +98,7 @@ def _put_new(slot, rows, exists, COLUMN: gl.constexpr, WIDTH: gl.constexpr, SKIP
 
 
 @gluon.jit
-def produce_fp8(call, work, shape, ring, pe, V: gl.constexpr, WARPS: gl.constexpr):
+def produce_fp8(call, shape, share, ring, pe, pairs, num_splits, V: gl.constexpr, WARPS: gl.constexpr):
     """One producer's partition: the K tiles (V False) or the V tiles of the ring; codes are loaded a chunk ahead."""
     STEP: gl.constexpr = 1 if shape.V_IS_K else 2
     PE: gl.constexpr = 0 if V else shape.BLOCK_PE
@@ -109,60 +108,63 @@ def produce_fp8(call, work, shape, ring, pe, V: gl.constexpr, WARPS: gl.constexp
     HALF: gl.constexpr = (shape.V_HALF and V) or call.q.dtype.element_ty == gl.float16
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [WARPS, 1], [1, 0])  # words: 8 codes a thread
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    head = work.kv_head.to(gl.int64)
-    if V:
-        pool = call.v_pool.to(gl.pointer_type(gl.int32), bitcast=True) + head * (call.stride_vg // 4)
-        stride = call.stride_vs // 4
-        new = call.v_new + head * call.stride_vh
-        stride_new = call.stride_vt
-    else:
-        pool = call.k_pool.to(gl.pointer_type(gl.int32), bitcast=True) + head * (call.stride_kg // 4)
-        stride = call.stride_ks // 4
-        new = call.k_new + head * call.stride_kh
-        stride_new = call.stride_kt
     n = gl.to_tensor(1 if V else 0)
-    stop = gl.minimum(work.pool_tiles, work.last)
-    if work.first < stop:
-        slot = slots_of(call, work, shape, work.first, ROWS)
-        ahead = slots_of(call, work, shape, work.first + 1, ROWS)
-        _, exists = exists_of(call, work, shape, work.first, ROWS)
-        codes = _codes(pool + slot.to(gl.int64) * stride, exists, 0, CHUNK, DIM, LAYOUT)
-        for i in range(work.first, stop):
-            later = slots_of(call, work, shape, i + 2, ROWS)
-            rows = pool + slot.to(gl.int64) * stride
-            for c in gl.static_range(CHUNKS - 1):
-                after = _codes(rows, exists, (c + 1) * CHUNK, CHUNK, DIM, LAYOUT)
-                if c == 0:
+    cursor, sequence, base = share.cursor, share.sequence, share.base
+    while cursor < share.end:
+        work, begun, cursor, sequence, base = next_work(call, shape, share, cursor, sequence, base, pairs, num_splits)
+        head = work.kv_head.to(gl.int64)
+        if V:
+            pool = call.v_pool.to(gl.pointer_type(gl.int32), bitcast=True) + head * (call.stride_vg // 4)
+            stride = call.stride_vs // 4
+            new = call.v_new + head * call.stride_vh
+            stride_new = call.stride_vt
+        else:
+            pool = call.k_pool.to(gl.pointer_type(gl.int32), bitcast=True) + head * (call.stride_kg // 4)
+            stride = call.stride_ks // 4
+            new = call.k_new + head * call.stride_kh
+            stride_new = call.stride_kt
+        stop = gl.minimum(work.pool_tiles, work.last)
+        if work.first < stop:
+            slot = slots_of(call, work, shape, work.first, ROWS)
+            ahead = slots_of(call, work, shape, work.first + 1, ROWS)
+            place, exists = exists_of(call, work, shape, work.first, ROWS)
+            codes = _codes(pool + slot.to(gl.int64) * stride, exists, 0, CHUNK, DIM, LAYOUT)
+            for i in range(work.first, stop):
+                later = slots_of(call, work, shape, i + 2, ROWS)
+                rows = pool + slot.to(gl.int64) * stride
+                for c in gl.static_range(CHUNKS - 1):
+                    after = _codes(rows, exists, (c + 1) * CHUNK, CHUNK, DIM, LAYOUT)
+                    if c == 0:
+                        ring.wait_empty(n)
+                    _put_codes(ring.slot(n), codes, c * CHUNK, shape.FP8, HALF)
+                    codes = after
+                if PE > 0:
+                    rest = _codes(rows, exists, shape.BLOCK_D, PE, DIM, LAYOUT)
+                place_next, exists_next = exists_of(call, work, shape, i + 1, ROWS)
+                exists_next = exists_next & (i + 1 < stop)
+                after = _codes(pool + ahead.to(gl.int64) * stride, exists_next, 0, CHUNK, DIM, LAYOUT)
+                if CHUNKS == 1:
                     ring.wait_empty(n)
-                _put_codes(ring.slot(n), codes, c * CHUNK, shape.FP8, HALF)
+                _put_codes(ring.slot(n), codes, (CHUNKS - 1) * CHUNK, shape.FP8, HALF)
+                if PE > 0:
+                    _put_codes(pe.index(n // STEP % pe.shape[0]), rest, 0, shape.FP8, HALF)
+                fence_async_shared()
+                mbarrier.arrive(ring.filled(n), count=1)
+                n += STEP
+                slot = ahead
+                ahead = later
+                exists = exists_next
                 codes = after
-            if PE > 0:
-                rest = _codes(rows, exists, shape.BLOCK_D, PE, DIM, LAYOUT)
-            _, exists_next = exists_of(call, work, shape, i + 1, ROWS)
-            exists_next = exists_next & (i + 1 < stop)
-            after = _codes(pool + ahead.to(gl.int64) * stride, exists_next, 0, CHUNK, DIM, LAYOUT)
-            if CHUNKS == 1:
+        if not shape.UNIFIED:
+            for i in range(gl.maximum(work.first, work.pool_tiles), work.last):
+                place_new, seen = exists_of(call, work, shape, i, ROWS)
+                rows_new = new + (work.q_start + (work.new_lo + place_new - work.pool_keys)) * stride_new
                 ring.wait_empty(n)
-            _put_codes(ring.slot(n), codes, (CHUNKS - 1) * CHUNK, shape.FP8, HALF)
-            if PE > 0:
-                _put_codes(pe.index((i - work.first) % pe.shape[0]), rest, 0, shape.FP8, HALF)
-            fence_async_shared()
-            mbarrier.arrive(ring.filled(n), count=1)
-            n += STEP
-            slot = ahead
-            ahead = later
-            exists = exists_next
-            codes = after
-    if not shape.UNIFIED:
-        for i in range(gl.maximum(work.first, work.pool_tiles), work.last):
-            place, seen = exists_of(call, work, shape, i, ROWS)
-            rows_new = new + (work.q_start + (work.new_lo + place - work.pool_keys)) * stride_new
-            ring.wait_empty(n)
-            for c in gl.static_range(CHUNKS):
-                _put_new(ring.slot(n), rows_new, seen, c * CHUNK, CHUNK, c * CHUNK, DIM, WARPS)
-            if PE > 0:
-                k_pe = pe.index((i - work.first) % pe.shape[0])
-                _put_new(k_pe, rows_new, seen, 0, PE, shape.BLOCK_D, DIM, WARPS)
-            fence_async_shared()
-            mbarrier.arrive(ring.filled(n), count=1)
-            n += STEP
+                for c in gl.static_range(CHUNKS):
+                    _put_new(ring.slot(n), rows_new, seen, c * CHUNK, CHUNK, c * CHUNK, DIM, WARPS)
+                if PE > 0:
+                    k_pe = pe.index(n // STEP % pe.shape[0])
+                    _put_new(k_pe, rows_new, seen, 0, PE, shape.BLOCK_D, DIM, WARPS)
+                fence_async_shared()
+                mbarrier.arrive(ring.filled(n), count=1)
+                n += STEP

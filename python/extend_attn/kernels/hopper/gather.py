@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from .gluon_compat import gather_load
 from .packed_work import key_index, key_positions, tile_keys
+from .shares import next_work
 
 
 @gluon.jit
@@ -69,43 +70,52 @@ def copy_rows(slot, pool, new, pool_offset, new_offset, is_new, exists, shape, C
 
 
 @gluon.jit
-def produce(call, work, shape, ring, pe, WARPS: gl.constexpr):
+def produce(call, shape, share, ring, pe, pairs, num_splits, WARPS: gl.constexpr):
     """The producer's partition: K and V tiles in turn, slots of the pool looked up two tiles ahead."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    head = work.kv_head.to(gl.int64)
-    k_pool = call.k_pool + head * call.stride_kg
-    v_pool = call.v_pool + head * call.stride_vg
-    k_new = call.k_new + head * call.stride_kh
-    v_new = call.v_new + head * call.stride_vh
-    slot = gl.zeros([shape.BLOCK_N], gl.int32, ROWS)
-    ahead = slot
-    if shape.HAS_POOL:
-        slot = slots_of(call, work, shape, work.first, ROWS)
-        ahead = slots_of(call, work, shape, work.first + 1, ROWS)
+    STEP: gl.constexpr = 1 if shape.V_IS_K else 2
     n = 0
-    for i in range(work.first, work.last):
-        later = ahead
+    cursor, sequence, base = share.cursor, share.sequence, share.base
+    while cursor < share.end:
+        work, begun, cursor, sequence, base = next_work(call, shape, share, cursor, sequence, base, pairs, num_splits)
+        head = work.kv_head.to(gl.int64)
+        k_pool = call.k_pool + head * call.stride_kg
+        v_pool = call.v_pool + head * call.stride_vg
+        k_new = call.k_new + head * call.stride_kh
+        v_new = call.v_new + head * call.stride_vh
+        slot = gl.zeros([shape.BLOCK_N], gl.int32, ROWS)
+        ahead = slot
         if shape.HAS_POOL:
-            later = slots_of(call, work, shape, i + 2, ROWS)
-        place, exists = exists_of(call, work, shape, i, ROWS)
-        is_new = place >= work.pool_keys
-        pool_row = slot.to(gl.int64)
-        new_row = work.q_start + (work.new_lo + place - work.pool_keys)
-        ring.wait_empty(n)
-        copy_rows(ring.slot(n), k_pool, k_new, pool_row * call.stride_ks, new_row * call.stride_kt, is_new, exists,
-                  shape, 0, shape.HEAD_DIM, LAYOUT)  # fmt: skip
-        if shape.BLOCK_PE > 0:
-            copy_rows(pe.index((i - work.first) % pe.shape[0]), k_pool, k_new, pool_row * call.stride_ks,
-                      new_row * call.stride_kt, is_new, exists, shape, shape.BLOCK_D, shape.HEAD_DIM,
-                      LAYOUT)  # fmt: skip
-        async_copy.mbarrier_arrive(ring.filled(n), increment_count=False)
-        n += 1
-        if not shape.V_IS_K:
+            slot = slots_of(call, work, shape, work.first, ROWS)
+            ahead = slots_of(call, work, shape, work.first + 1, ROWS)
+        for i in range(work.first, work.last):
+            later = ahead
+            if shape.HAS_POOL:
+                later = slots_of(call, work, shape, i + 2, ROWS)
+            place, exists = exists_of(call, work, shape, i, ROWS)
+            is_new = place >= work.pool_keys
+            pool_row = slot.to(gl.int64)
+            new_row = work.q_start + (work.new_lo + place - work.pool_keys)
             ring.wait_empty(n)
-            copy_rows(ring.slot(n), v_pool, v_new, pool_row * call.stride_vs, new_row * call.stride_vt, is_new, exists,
-                      shape, 0, shape.HEAD_DIM_V, LAYOUT)  # fmt: skip
+            copy_rows(
+                ring.slot(n), k_pool, k_new, pool_row * call.stride_ks, new_row * call.stride_kt, is_new, exists, shape,
+                0, shape.HEAD_DIM, LAYOUT,
+            )  # fmt: skip
+            if shape.BLOCK_PE > 0:
+                copy_rows(
+                    pe.index(n // STEP % pe.shape[0]), k_pool, k_new, pool_row * call.stride_ks,
+                    new_row * call.stride_kt, is_new, exists, shape, shape.BLOCK_D, shape.HEAD_DIM, LAYOUT,
+                )  # fmt: skip
             async_copy.mbarrier_arrive(ring.filled(n), increment_count=False)
             n += 1
-        slot = ahead
-        ahead = later
+            if not shape.V_IS_K:
+                ring.wait_empty(n)
+                copy_rows(
+                    ring.slot(n), v_pool, v_new, pool_row * call.stride_vs, new_row * call.stride_vt, is_new, exists,
+                    shape, 0, shape.HEAD_DIM_V, LAYOUT,
+                )  # fmt: skip
+                async_copy.mbarrier_arrive(ring.filled(n), increment_count=False)
+                n += 1
+            slot = ahead
+            ahead = later

@@ -33,39 +33,40 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         BLOCK_N=tile.block_n,
         STAGES=tile.num_stages,
         SPLIT=splits > 1,
+        EVEN=plan.programs > 0,
         PDL=plan.pdl,
         PRODUCER_WARPS=PRODUCER_WARPS,
         PRODUCER_REGISTERS=producer_registers,
     )
     packed = kernel(
         packed_kernel,
-        tiles * splits,
+        plan.programs or tiles * splits,
         _numbers(inputs, splits, row_blocks),
         constants,
         num_warps=tile.num_warps,
         maxnreg=registers,
         **launch_options(plan.pdl),
     )
-    if splits == 1:
+    if splits == 1 and plan.programs == 0:
         return Recipe((packed,), _tensors)
     block_dv = constants["BLOCK_D"]
     combine, sizes = combine_after(plan, inputs, problem, block_dv, tiles, row_blocks, plan.pdl)
-    return Recipe((packed, combine), functools.partial(_tensors_of_splits, sizes))
+    return Recipe((packed, combine), functools.partial(_tensors_of_parts, sizes, 2 * tiles if plan.programs else 0))
 
 
 def _tensors(inputs: Inputs) -> Tuple[List[object], ...]:
-    return (_packed_tensors(inputs, None, None),)
+    return (_packed_tensors(inputs, [None, None, None]),)
 
 
-def _tensors_of_splits(sizes: Tuple[int, int], inputs: Inputs) -> Tuple[List[object], ...]:
-    partial, partial_ml = workspaces(sizes, inputs.q.device)
-    combine = [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, partial, partial_ml]
-    return _packed_tensors(inputs, partial, partial_ml), combine
+def _tensors_of_parts(sizes: Tuple[int, int], shares: int, inputs: Inputs) -> Tuple[List[object], ...]:
+    device = inputs.q.device
+    parts: List[object] = [*workspaces(sizes, device), None]
+    if shares:
+        parts[-1] = torch.empty(shares, dtype=torch.int32, device=device)
+    return _packed_tensors(inputs, parts), [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, *parts]
 
 
-def _packed_tensors(
-    inputs: Inputs, partial: Optional[torch.Tensor], partial_ml: Optional[torch.Tensor]
-) -> List[object]:
+def _packed_tensors(inputs: Inputs, parts: List[object]) -> List[object]:
     """With ``_numbers``, the one place that knows the order of packed_kernel's arguments."""
     (q, k_new, v_new, o, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr, sinks,
      window_offsets, q_positions, lse) = inputs[:NUM_TENSORS]  # fmt: skip
@@ -74,7 +75,7 @@ def _packed_tensors(
     return [
         q, k_new, v_new, o, _codes(k_pool), _codes(v_pool),
         qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr,
-        sinks, window_offsets, q_positions, lse, partial, partial_ml,
+        sinks, window_offsets, q_positions, lse, *parts,
     ]  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def _codes(pool: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
 def _numbers(i: Inputs, splits: int, row_blocks: int) -> tuple:
     return (
         *strides(i.q), *strides(i.k_new), *strides(i.v_new), *strides(i.o), *strides(i.k_pool), *strides(i.v_pool),
-        *scalars(i), splits, row_blocks,
+        i.batch_size, *scalars(i), splits, row_blocks,
     )  # fmt: skip
 
 

@@ -22,7 +22,8 @@ class Shape:
     """Compile-time facts.
 
     APART: pool and new keys never share a tile, because their type or scale differs. V_HALF: values of an fp8 pool are
-    multiplied as fp16 beside a bf16 query; P, at most 1, loses nothing by that.
+    multiplied as fp16 beside a bf16 query; P, at most 1, loses nothing by that. SPLIT: a list goes to a fixed number of
+    programs in equal shares; EVEN: all lists together do (shares.py).
     """
 
     NUM_HEADS: gl.constexpr
@@ -44,6 +45,7 @@ class Shape:
     CAP: gl.constexpr
     TEMPERATURE: gl.constexpr
     Q_POSITIONS: gl.constexpr
+    OFFSETS: gl.constexpr
     LSE: gl.constexpr
     V_SCALED: gl.constexpr
     V_IS_K: gl.constexpr
@@ -52,6 +54,7 @@ class Shape:
     FP8: gl.constexpr
     V_HALF: gl.constexpr
     SPLIT: gl.constexpr
+    EVEN: gl.constexpr
     MMA: gl.constexpr
 
 
@@ -65,14 +68,19 @@ class Call:
     o: gl.tensor
     k_pool: gl.tensor
     v_pool: gl.tensor
+    qo_indptr: gl.tensor
+    kv_indptr: gl.tensor
     kv_indices: gl.tensor
+    prefix_lens: gl.tensor
     custom_mask: gl.tensor
     mask_indptr: gl.tensor
     sinks: gl.tensor
+    window_offsets: gl.tensor
     q_positions: gl.tensor
     lse: gl.tensor
     partial: gl.tensor
     partial_ml: gl.tensor
+    shares: gl.tensor
     stride_qt: gl.tensor
     stride_qh: gl.tensor
     stride_kt: gl.tensor
@@ -99,10 +107,12 @@ class Work:
     """One program's share: rows [row_first, row_first + BLOCK_M) of a sequence and KV head, tiles [first, last).
 
     The key list has ``pool_keys`` keys from index ``pool_lo`` on, then new ones from index ``new_lo`` on up to ``keys``
-    in all. ``pool_tiles``: where tiles of new keys begin (APART). ``mask_row`` is the byte of token 0's first column.
+    in all, in ``tiles`` tiles. ``pool_tiles``: where tiles of new keys begin (APART). ``mask_row`` is the byte of token
+    0's first column.
     """
 
     sequence: gl.tensor
+    pair: gl.tensor
     kv_head: gl.tensor
     row_first: gl.tensor
     token_first: gl.tensor
@@ -117,6 +127,7 @@ class Work:
     new_lo: gl.tensor
     keys: gl.tensor
     pool_tiles: gl.tensor
+    tiles: gl.tensor
     first: gl.tensor
     last: gl.tensor
     mask_row: gl.tensor
@@ -124,33 +135,30 @@ class Work:
 
 
 @gluon.jit
-def find_work(qo_indptr, kv_indptr, prefix_lens, window_offsets, call, shape, num_splits, row_blocks):
-    """The Work of this program; no tiles where the sequence has no such rows or no such split."""
+def work_of(call, shape, b, pair, share, num_shares, begin, end):
+    """The Work on a pair (block of rows, KV head) of sequence ``b``; no tiles where the sequence has no such rows.
+
+    Its tiles are share ``share`` of ``num_shares`` equal ones (SPLIT), those of [begin, end) that exist (EVEN), or all.
+    """
     HEADS: gl.constexpr = shape.NUM_HEADS // shape.GROUP
-    pid = gl.program_id(0)
-    split = pid % num_splits
-    tile = pid // num_splits
-    kv_head = tile % HEADS
-    block = tile // HEADS % row_blocks
-    b = tile // HEADS // row_blocks
-    q_start = gl.load(qo_indptr + b).to(gl.int64)
-    extend_len = (gl.load(qo_indptr + b + 1) - q_start).to(gl.int32)
-    kv_start = gl.load(kv_indptr + b).to(gl.int64)
+    q_start = gl.load(call.qo_indptr + b).to(gl.int64)
+    extend_len = (gl.load(call.qo_indptr + b + 1) - q_start).to(gl.int32)
+    kv_start = gl.load(call.kv_indptr + b).to(gl.int64)
     if shape.UNIFIED:
-        prefix_len = gl.load(prefix_lens + b).to(gl.int32)
+        prefix_len = gl.load(call.prefix_lens + b).to(gl.int32)
     else:
-        prefix_len = (gl.load(kv_indptr + b + 1) - kv_start).to(gl.int32)
+        prefix_len = (gl.load(call.kv_indptr + b + 1) - kv_start).to(gl.int32)
     offset = gl.to_tensor(0)
-    if window_offsets is not None:
-        offset = gl.load(window_offsets + b).to(gl.int32)
-    row_first = block * shape.BLOCK_M
+    if shape.OFFSETS:
+        offset = gl.load(call.window_offsets + b).to(gl.int32)
+    row_first = pair // HEADS * shape.BLOCK_M
     token_first = row_first // shape.GROUP
     token_last = gl.minimum((row_first + shape.BLOCK_M - 1) // shape.GROUP, extend_len - 1)
 
     # which keys some row of the tile may see
     pos_min = offset + prefix_len + token_first
     if shape.WINDOW and shape.Q_POSITIONS:
-        LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [shape.WARPS], [0])
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         token = token_first + gl.arange(0, shape.BLOCK_M, layout=LAYOUT)
         positions = gl.load(call.q_positions + q_start + token, mask=token <= token_last, other=FAR)
         pos_min = gl.min(positions, 0)
@@ -178,7 +186,6 @@ def find_work(qo_indptr, kv_indptr, prefix_lens, window_offsets, call, shape, nu
     pool_keys = pool_hi - pool_lo
     keys = pool_keys + new_keys
 
-    # this program's tiles
     pool_tiles = gl.cdiv(pool_keys, shape.BLOCK_N)
     tiles = gl.cdiv(keys, shape.BLOCK_N)
     if shape.APART:
@@ -187,9 +194,12 @@ def find_work(qo_indptr, kv_indptr, prefix_lens, window_offsets, call, shape, nu
     first = gl.to_tensor(0)
     last = tiles
     if shape.SPLIT:
-        share = gl.maximum(gl.cdiv(tiles, num_splits), (MIN_SPLIT_KEYS + shape.BLOCK_N - 1) // shape.BLOCK_N)
-        first = gl.minimum(split * share, tiles)
-        last = gl.minimum(first + share, tiles)
+        size = gl.maximum(gl.cdiv(tiles, num_shares), (MIN_SPLIT_KEYS + shape.BLOCK_N - 1) // shape.BLOCK_N)
+        first = gl.minimum(share * size, tiles)
+        last = gl.minimum(first + size, tiles)
+    elif shape.EVEN:
+        first = gl.minimum(begin, tiles)
+        last = gl.minimum(end, tiles)
 
     mask_row = gl.to_tensor(0).to(gl.int64)
     mask_stride = mask_row
@@ -200,8 +210,8 @@ def find_work(qo_indptr, kv_indptr, prefix_lens, window_offsets, call, shape, nu
         mask_stride = (prefix_len + extend_len + cut).to(gl.int64)
         mask_row = gl.load(call.mask_indptr + b).to(gl.int64) + cut
     return Work(
-        b, kv_head, row_first, token_first, token_last, q_start, extend_len, kv_start, prefix_len, offset,
-        pool_lo, pool_keys, new_lo, keys, pool_tiles, first, last, mask_row, mask_stride,
+        b, pair, pair % HEADS, row_first, token_first, token_last, q_start, extend_len, kv_start, prefix_len, offset,
+        pool_lo, pool_keys, new_lo, keys, pool_tiles, tiles, first, last, mask_row, mask_stride,
     )  # fmt: skip
 
 
