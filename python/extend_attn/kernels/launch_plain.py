@@ -17,6 +17,8 @@ from .compat import CAN_PDL, launch_options, tensor_descriptor
 from .extend import extend_kernel
 from .recipe import NUM_TENSORS, Kernel, Recipe, features, kernel, scalars, strides
 
+COMBINE_ELEMENTS = 16384  # of partial results in one step of a combine program: 64 splits at head dim 256
+
 
 def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     """What ``plan`` launches for calls like this one."""
@@ -67,7 +69,7 @@ def combine_after(
     """The combine kernel after ``plan.split_kv`` splits of so many tiles, or after ``plan.programs`` even shares of
     them all, and the elements of its two workspaces: the parts' results, their maxima and sums."""
     block_m, splits = plan.tile.block_m, plan.split_kv
-    most = splits if plan.programs == 0 else plan.programs
+    chunk = max(2, min(triton.next_power_of_2(plan.programs or splits), COMBINE_ELEMENTS // block_dv))
     constants = dict(
         NUM_HEADS=problem.num_q_heads,
         HEAD_DIM_V=problem.head_dim_v,
@@ -76,7 +78,7 @@ def combine_after(
         LSE=problem.return_lse,
         BLOCK_M=block_m,
         ROWS=problem.group,
-        CHUNK=max(2, min(triton.next_power_of_2(most), 4096 // block_dv)),
+        CHUNK=chunk,
         PDL=pdl,
         EVEN=plan.programs > 0,
     )
@@ -85,7 +87,7 @@ def combine_after(
         tiles * block_m,
         (*strides(inputs.o), splits, row_blocks),
         constants,
-        num_warps=4,
+        num_warps=4 if chunk * block_dv <= COMBINE_ELEMENTS // 2 else 8,
         **launch_options(pdl),
     )
     slots = (2 * plan.programs or tiles * splits) * block_m
