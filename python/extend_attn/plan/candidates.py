@@ -28,7 +28,7 @@ def candidates(problem: Problem, device: DeviceSpec) -> List[Plan]:
     return _distinct(
         (
             *(p for plan in dict.fromkeys((first, plain)) for p in (plan, *shrinking(problem, plan, device))),
-            *_neighbours(first),
+            *neighbours(first),
             sglang_plan(problem, device),
             sglang_plan(problem, device, legacy=True),
         )
@@ -95,7 +95,7 @@ def shrinking(problem: Problem, plan: Plan, device: DeviceSpec) -> Iterator[Plan
         yield plan
 
 
-def _neighbours(plan: Plan) -> Iterator[Plan]:
+def neighbours(plan: Plan) -> Iterator[Plan]:
     """One step in each direction, for sweeps."""
     tile = plan.tile
     wider, narrower = tile.block_n * 2, tile.block_n // 2
