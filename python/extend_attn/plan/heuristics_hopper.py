@@ -20,5 +20,6 @@ def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
 
 
 def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
-    """Rows: tokens of one head."""
-    return Plan("hopper_tiled", Tile(128, 64, 8, 4), source="heuristic")
+    """128 keys a tile where the registers hold their logits beside the accumulator; two heads a program if they pair."""
+    block_n = 128 if problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 else 64
+    return Plan("hopper_tiled", Tile(128, block_n, 8, 2), pack_gqa=problem.group % 2 == 0, source="heuristic")

@@ -72,14 +72,70 @@ def _packed_shared_memory(problem: Problem, plan: Plan) -> int:
     return (rows + ring) * size + BARRIERS
 
 
+ROWS = 64  # of a consumer of the tiled family; a program has two
+
+
+def tiled_blocks(problem: Problem) -> Tuple[int, int, int, int]:
+    """(columns of a slot of keys, such slots a key, columns of a slot of values, such slots a value): the tiled family's.
+
+    Narrower heads are padded with zeros on their way into shared memory. (0, 0, 0, 0) where there is no kernel.
+    """
+    dim, dim_v = problem.head_dim_qk, problem.head_dim_v
+    keys = next((found for most, found in TILED_KEYS if dim <= most), None)
+    values = next((found for most, found in TILED_VALUES if dim_v <= most), None)
+    if keys is None or values is None:
+        return 0, 0, 0, 0
+    return (*keys, *values)
+
+
+TILED_KEYS = ((64, (64, 1)), (128, (128, 1)), (192, (64, 3)), (256, (256, 1)))
+TILED_VALUES = ((64, (64, 1)), (128, (128, 1)), (256, (256, 1)))
+TILED_WARPS = 8  # two consumers of a warpgroup each
+RING_MAX_LEN = (1 << 30) - 1  # rows that a ragged descriptor can address
+
+
 def _tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
-    return "hopper_tiled: not in this version"
+    tile = plan.tile
+    if (tile.block_m, tile.num_warps) != (2 * ROWS, TILED_WARPS):
+        return f"tile: {tile}; a program has two consumers of {ROWS} rows and 4 warps: block_m 128, num_warps 8"
+    if tile.block_n < ROWS or tile.block_n > 128:
+        return f"block_n: {tile.block_n}; allowed are 64 and 128"
+    if plan.split_kv > 1:
+        return f"split_kv: {plan.split_kv}; only the packed families split a sequence's keys"
+    if plan.pack_gqa and problem.group % 2:
+        return f"pack_gqa: two heads share their keys, and {problem.group} heads a KV head are odd"
+    columns, chunks, block_dv, slices = tiled_blocks(problem)
+    if columns == 0:
+        return f"head dims {problem.head_dim_qk}/{problem.head_dim_v}: keys and values of up to 256 columns have a kernel"
+    registers = tile.block_n * 3 // 4 + block_dv // 2  # logits, weights in 16 bit, accumulator
+    if registers > TILED_REGISTERS:
+        return f"registers: {registers} a thread for logits, weights and accumulator; {TILED_REGISTERS} leave room"
+    for asked, reason in (
+        (problem.unified, "a unified call has no contiguous new K/V, which come through TMA"),
+        (problem.custom_mask, "custom_mask: a value that no row sees can't be kept from the tensor cores"),
+        (problem.kv_dtype != problem.dtype, f"a {problem.kv_dtype} pool is not copied as it is"),
+        (problem.q_positions and problem.sliding_window > 0, "q_positions: the window is taken in rows"),
+        (problem.num_tokens > RING_MAX_LEN, f"num_tokens: a descriptor addresses {RING_MAX_LEN} rows"),
+    ):
+        if asked:
+            return f"hopper_tiled: {reason}"
+    needed = _tiled_shared_memory(problem, plan)
+    if needed > device.shared_memory:
+        return f"shared memory: {needed} bytes; a block on {device.arch} has {device.shared_memory}"
+    return None
+
+
+TILED_REGISTERS = 176  # of 240: 64 keys at 256 columns; 128 there spill
 
 
 def _tiled_shared_memory(problem: Problem, plan: Plan) -> int:
-    block_d, block_pe, block_dv = hopper_blocks(problem.head_dim_qk, problem.head_dim_v)
-    rows = plan.tile.block_m + plan.tile.num_stages * plan.tile.block_n
-    return rows * max(block_d + block_pe, block_dv) * ELEMENT_SIZE[problem.dtype] + BARRIERS
+    columns, chunks, block_dv, _ = tiled_blocks(problem)
+    keys = columns * chunks
+    rows = 2 * ROWS * keys + plan.tile.num_stages * plan.tile.block_n * (keys + block_dv)
+    return rows * ELEMENT_SIZE[problem.dtype] + TILED_SCRATCH
+
+
+TILED_SCRATCH = 4096 + 256  # the output's change of layout; barriers
 
 
 _ILLEGAL: Dict[str, Callable[[Problem, Plan, DeviceSpec], Optional[str]]] = {

@@ -1,0 +1,384 @@
+"""The tiled family for Hopper (prefill, chunks): warp-specialised attention over blocks of new tokens.
+
+A program is two consumer warpgroups of 64 query rows each and a producer; programs are persistent and take work items in
+order of falling cost. A consumer walks the key tiles of its rows from the diagonal downwards, then the prefix downwards,
+and overlaps the scores of one tile with the products of the tile before: it issues S = Q K(j), then O += P(j-1) V(j-1), and
+does the softmax of j while the latter runs. Only tiles at an edge (the diagonal, a sequence's or the prefix's end, the
+window's start) are masked, in loops of their own.
+"""
+
+# Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..softmax import LN2, LOG2E
+from .gluon_compat import constexpr_function, struct
+from .ring import Ring, barriers
+from .tiled_producer import produce
+from .tiled_work import ROWS, Call, Shape, item_at, item_index, place_of, tiles_of
+
+# Where the key tiles of a loop lie, and which are masked.
+NEW, POOL, BOTH = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+NONE, END, SOME = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+
+
+@constexpr_function
+def output_layout(columns):
+    """An accumulator's rows with 8 neighbouring columns a thread: 16-byte stores, reached by shuffles in a warp."""
+    registers = [[0, 1], [0, 2], [0, 4], [8, 0]] + [[0, 1 << i] for i in range(5, columns.bit_length() - 1)]
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, columns])
+
+
+@struct
+class Rows:
+    """Where a call's rows go, and what turns their dot products into logits (base 2)."""
+
+    o: gl.tensor
+    lse: gl.tensor
+    sinks: gl.tensor
+    q_positions: gl.tensor
+    window_offsets: gl.tensor
+    stride_ot: gl.tensor
+    stride_oh: gl.tensor
+    new_scale: gl.tensor
+    pool_scale: gl.tensor
+    v_scale: gl.tensor
+    logit_cap: gl.tensor
+    temperature_len: gl.tensor
+    log2_temperature_len: gl.tensor
+    OFFSETS: gl.constexpr
+
+
+@struct
+class Memory:
+    """Shared memory: query tiles [2 * K_CHUNKS, 64, K_COLUMNS] with a barrier each way, the two rings, whose turn it is."""
+
+    q_slots: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    q_empty: gl.shared_memory_descriptor
+    k_ring: Ring
+    v_ring: Ring
+    turns: gl.shared_memory_descriptor
+
+
+@gluon.jit
+def start_scores(WHO: gl.constexpr, memory, n, S: gl.constexpr, c):
+    """Issues S = Q K^T of key tile ``n``."""
+    acc = gl.zeros([ROWS, c.BLOCK_N], gl.float32, S)
+    for chunk in gl.static_range(c.K_CHUNKS):
+        at = n * c.K_CHUNKS + chunk
+        memory.k_ring.wait_full(at)
+        if c.HAS_POOL:
+            fence_async_shared()
+        q = memory.q_slots.index(WHO * c.K_CHUNKS + chunk)
+        acc = warpgroup_mma(q, memory.k_ring.slot(at).permute((1, 0)), acc, use_acc=chunk > 0, is_async=True)
+    return acc
+
+
+@gluon.jit
+def release_keys(memory, n, c):
+    for chunk in gl.static_range(c.K_CHUNKS):
+        memory.k_ring.release(n * c.K_CHUNKS + chunk)
+
+
+@gluon.jit
+def logits(s, scale, temperature, logit_cap, SCALED: gl.constexpr, c):
+    """Dot products to base-2 logits: scale, cap, temperature. Without the last two they stay unscaled unless SCALED."""
+    if c.NEGATE:
+        s = -s
+    if c.CAP:  # scale carries log2(e); tanh wants the natural logit
+        e = gl.exp2(gl.abs(s) * (scale * (-2.0 / logit_cap)))
+        y = (1.0 - e) / (1.0 + e) * (logit_cap * LOG2E)
+        s = gl.where(s < 0, -y, y)
+    elif SCALED or c.TEMPERATURE:
+        s = s * scale
+    if c.TEMPERATURE:
+        s = s * temperature[:, None]
+    return s
+
+
+@gluon.jit
+def seen(limit, rel, window, S: gl.constexpr, c):
+    """Which keys a tile's rows see: row r sees column k if k < limit, if causal k <= r + rel, and r + rel <= k + window
+    under a window."""
+    k = gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(0, S))[None, :]
+    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))[:, None] + rel
+    visible = k < limit
+    if c.CAUSAL:
+        visible = visible & (k <= r)
+    if c.WINDOW:
+        visible = visible & (k + window >= r)
+    return visible
+
+
+@gluon.jit
+def weigh(s, m, l, scale, SCALED: gl.constexpr, c):
+    """One step of the online softmax: (p, alpha, m, l). Logits that are not SCALED yet take one fused multiply-add."""
+    if SCALED or c.CAP or c.TEMPERATURE:
+        m_new = gl.maximum(m, gl.max(s, 1))
+        p = gl.exp2(s - m_new[:, None])
+    else:
+        m_new = gl.maximum(m, gl.max(s, 1) * scale)
+        p = gl.exp2(s * scale - m_new[:, None])
+    alpha = gl.exp2(m - m_new)
+    return p, alpha, m_new, l * alpha + gl.sum(p, 1)
+
+
+@gluon.jit
+def walk(
+    WHO: gl.constexpr, memory, rows, o, m, l, p, n, turn, first, stop, place, item, window, temperature,
+    KEYS: gl.constexpr, EDGES: gl.constexpr, S: gl.constexpr, O: gl.constexpr, P: gl.constexpr, c,
+):  # fmt: skip
+    """Folds key tiles ``first``..``stop`` of the item into the state; P of the tile before is still to be used.
+
+    Tile t lies in ring position ``n`` + t. KEYS: NEW, POOL or BOTH. EDGES: NONE of the tiles is masked, the prefix's END
+    is, or SOME are as ``place`` says.
+    """
+    for t in range(first, stop):
+        if c.PINGPONG:
+            mbarrier.wait(memory.turns.index(WHO), turn ^ (1 - WHO))
+        s_acc = start_scores(WHO, memory, n + t, S, c)
+        memory.v_ring.wait_full(n + t - 1)
+        if c.HAS_POOL:
+            fence_async_shared()
+        o_acc = warpgroup_mma(p, memory.v_ring.slot(n + t - 1), o, is_async=True)
+        if c.PINGPONG:
+            mbarrier.arrive(memory.turns.index(1 - WHO), count=1)
+            turn ^= 1
+        in_pool = t >= place.new_tiles
+        scale = rows.pool_scale if KEYS == POOL else rows.new_scale
+        v_scale = rows.v_scale
+        if KEYS == BOTH:
+            scale = gl.where(in_pool, rows.pool_scale, scale)
+            v_scale = gl.where(in_pool, v_scale, 1.0)
+        s = warpgroup_mma_wait(1, [s_acc])
+        release_keys(memory, n + t, c)
+        s = logits(s, scale, temperature, rows.logit_cap, EDGES != NONE, c)
+        if EDGES == END:
+            k = gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(0, S))
+            s = gl.where((k < item.prefix_len % c.BLOCK_N)[None, :], s, float("-inf"))
+        elif EDGES == SOME:
+            whole = (t < place.stop_new) | ((t >= place.start_pool) & (t < place.stop_pool))
+            if not whole:
+                key = (place.top - 1 - t) * c.BLOCK_N
+                limit = item.extend_len - key
+                rel = place.row0 - key
+                if KEYS == BOTH:
+                    key = (place.pool_top - 1 - (t - place.new_tiles)) * c.BLOCK_N
+                    limit = gl.where(in_pool, item.prefix_len - key, limit)
+                    rel = gl.where(in_pool, place.row0 + item.prefix_len - key, rel)
+                s = gl.where(seen(limit, rel, window, S, c), s, float("-inf"))
+        w, alpha, m, l = weigh(s, m, l, scale, EDGES != NONE, c)
+        if c.V_SCALED and KEYS != NEW:
+            w = w * v_scale
+        p_next = gl.convert_layout(w.to(memory.q_slots.dtype), P)
+        o, used = warpgroup_mma_wait(0, [o_acc, p])
+        memory.v_ring.release(n + t - 1)
+        o = o * gl.convert_layout(alpha, gl.SliceLayout(1, O))[:, None]
+        p = p_next
+    return o, m, l, p, turn
+
+
+@gluon.jit
+def temperature_of(rows, item, row0, S: gl.constexpr, c):
+    """xAI's factor a row: log2(position) / log2(length) past that length, 1 before."""
+    factor = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, S))
+    if c.TEMPERATURE:
+        token = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+        position = item.prefix_len + token
+        if rows.OFFSETS:
+            position += gl.load(rows.window_offsets + item.sequence).to(gl.int32)
+        if c.Q_POSITIONS:
+            position = gl.load(rows.q_positions + item.q_start + token, mask=token < item.extend_len, other=0)
+        bent = gl.log2(gl.maximum(position, 1).to(gl.float32)) / rows.log2_temperature_len
+        factor = gl.where(position > rows.temperature_len, bent, factor)
+    return factor
+
+
+@gluon.jit
+def store(rows, item, row0, head, o, m, l, S: gl.constexpr, c):
+    """Sink, division, output and LSE of a consumer's rows."""
+    OUT: gl.constexpr = output_layout(c.BLOCK_DV)
+    if c.SINKS:
+        sink = gl.load(rows.sinks + head).to(gl.float32) * LOG2E
+        m_new = gl.maximum(m, sink)
+        alpha = gl.exp2(m - m_new)
+        l = l * alpha + gl.exp2(sink - m_new)
+        o = o * gl.convert_layout(alpha, gl.SliceLayout(1, o.type.layout))[:, None]
+        m = m_new
+    if c.LSE:
+        if item.v_slice == 0:
+            token = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+            at = (item.q_start + token).to(gl.int64) * c.NUM_HEADS + head
+            gl.store(rows.lse + at, (m + gl.log2(l)) * LN2, mask=token < item.extend_len)
+    o = o * gl.convert_layout(1.0 / l, gl.SliceLayout(1, o.type.layout))[:, None]
+    out = gl.convert_layout(o.to(rows.o.dtype.element_ty), OUT)
+    token = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+    column = item.v_slice * c.BLOCK_DV + gl.arange(0, c.BLOCK_DV, layout=gl.SliceLayout(0, OUT))
+    base = rows.o + head.to(gl.int64) * rows.stride_oh
+    pointers = base + ((item.q_start + token).to(gl.int64) * rows.stride_ot)[:, None] + column[None, :]
+    pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])
+    gl.store(pointers, out, mask=(token < item.extend_len)[:, None] & (column < c.HEAD_DIM_V)[None, :])
+
+
+@gluon.jit
+def consume(WHO: gl.constexpr, rows, call, c, memory):
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.BLOCK_N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.BLOCK_DV, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    CAN_SKIP: gl.constexpr = WHO == 0 and c.CAUSAL and c.TOKENS > c.BLOCK_N
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    n = 0
+    number = 0
+    turn = 0
+    round = 0
+    index = program
+    while index < call.items:
+        item = item_at(index, call, c)
+        if item.first < item.extend_len:
+            tiles = tiles_of(item, call, c)
+            row0 = item.first
+            head = item.head_block * c.HEADS
+            if c.HEADS == 2:
+                head += WHO
+            else:
+                row0 += WHO * ROWS
+            place = place_of(item, tiles, row0, call, c)
+            temperature = temperature_of(rows, item, row0, S, c)
+            mbarrier.wait(memory.q_full.index(WHO), number & 1)
+            if CAN_SKIP:  # the other consumer's diagonal tile
+                if place.top < tiles.new_hi:
+                    for chunk in gl.static_range(c.K_CHUNKS):
+                        memory.k_ring.wait_full(n * c.K_CHUNKS + chunk)
+                    release_keys(memory, n, c)
+                    n += 1
+            m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+            l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
+            o = gl.zeros([ROWS, c.BLOCK_DV], gl.float32, O)
+            s = warpgroup_mma_wait(0, [start_scores(WHO, memory, n, S, c)])
+            release_keys(memory, n, c)
+            key = (place.top - 1) * c.BLOCK_N
+            s = logits(s, rows.new_scale, temperature, rows.logit_cap, True, c)
+            s = gl.where(seen(item.extend_len - key, row0 - key, call.window, S, c), s, float("-inf"))
+            w, alpha, m, l = weigh(s, m, l, rows.new_scale, True, c)
+            p = gl.convert_layout(w.to(memory.q_slots.dtype), P)
+            if CAN_SKIP:
+                if place.top < tiles.new_hi:
+                    memory.v_ring.wait_full(n - 1)
+                    memory.v_ring.release(n - 1)
+            if c.WINDOW:
+                o, m, l, p, turn = walk(
+                    WHO, memory, rows, o, m, l, p, n, turn, 1, place.stop, place, item, call.window, temperature,
+                    BOTH if c.HAS_POOL else NEW, SOME, S, O, P, c,
+                )  # fmt: skip
+            else:
+                o, m, l, p, turn = walk(
+                    WHO, memory, rows, o, m, l, p, n, turn, 1, place.stop_new, place, item, call.window, temperature,
+                    NEW, NONE, S, O, P, c,
+                )  # fmt: skip
+                if c.HAS_POOL:
+                    o, m, l, p, turn = walk(
+                        WHO, memory, rows, o, m, l, p, n, turn, place.stop_new, place.start_pool, place, item,
+                        call.window, temperature, POOL, END, S, O, P, c,
+                    )  # fmt: skip
+                    o, m, l, p, turn = walk(
+                        WHO, memory, rows, o, m, l, p, n, turn, place.start_pool, place.stop, place, item,
+                        call.window, temperature, POOL, NONE, S, O, P, c,
+                    )  # fmt: skip
+            mbarrier.arrive(memory.q_empty.index(WHO), count=1)
+            n += place.stop - 1
+            memory.v_ring.wait_full(n)
+            if c.HAS_POOL:
+                fence_async_shared()
+            o_acc = warpgroup_mma(p, memory.v_ring.slot(n), o, is_async=True)
+            o, used = warpgroup_mma_wait(0, [o_acc, p])
+            memory.v_ring.release(n)
+            n += 1
+            store(rows, item, row0, head, o, m, l, S, c)
+            number += 1
+        round += 1
+        index = item_index(round, program, programs)
+
+
+UNSPECIALIZED = [
+    "batch_size", "row_blocks", "items", "window", "new_scale", "pool_scale", "v_scale", "logit_cap",
+    "temperature_len", "log2_temperature_len", "stride_ks", "stride_kg", "stride_vs", "stride_vg", "stride_ot",
+    "stride_oh",
+]  # fmt: skip
+UNALIGNED = ["qo_indptr", "kv_indptr", "kv_indices", "sinks", "window_offsets", "q_positions", "lse"]
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+def tiled_kernel(
+    q_desc, k_desc, v_desc, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices, sinks, window_offsets,
+    q_positions, stride_ks, stride_kg, stride_vs, stride_vg, stride_ot, stride_oh, batch_size, row_blocks, items,
+    window, new_scale, pool_scale, v_scale, logit_cap, temperature_len, log2_temperature_len,
+    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr, K_CHUNKS: gl.constexpr,
+    BLOCK_DV: gl.constexpr, V_SLICES: gl.constexpr, HAS_POOL: gl.constexpr, CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr, SINKS: gl.constexpr, CAP: gl.constexpr, TEMPERATURE: gl.constexpr,
+    Q_POSITIONS: gl.constexpr, LSE: gl.constexpr, V_SCALED: gl.constexpr, NEGATE: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr, PINGPONG: gl.constexpr,
+):  # fmt: skip
+    """Descriptors are ragged (tiled_producer.py); tensors as in ``Inputs``; numbers in the order of recipe.scalars."""
+    ARRIVALS: gl.constexpr = 128 if HAS_POOL else 1  # a gathered slot is filled by all threads of the producer
+    c = Shape(
+        NUM_HEADS, GROUP, HEADS, HEAD_DIM, HEAD_DIM_V, BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES,
+        HAS_POOL, CAUSAL, WINDOW, SINKS, CAP, TEMPERATURE, Q_POSITIONS, LSE, V_SCALED, NEGATE, PINGPONG,
+        ROWS if HEADS == 2 else 2 * ROWS, NUM_HEADS // HEADS,
+    )  # fmt: skip
+    call = Call(
+        qo_indptr, kv_indptr, gl.to_tensor(batch_size), gl.to_tensor(row_blocks), gl.to_tensor(items),
+        gl.to_tensor(window),
+    )  # fmt: skip
+    rows = Rows(
+        o, lse if LSE else o, sinks if SINKS else o, q_positions if Q_POSITIONS else o,
+        window_offsets if window_offsets is not None else o, gl.to_tensor(stride_ot), gl.to_tensor(stride_oh),
+        gl.to_tensor(new_scale), gl.to_tensor(pool_scale), gl.to_tensor(v_scale), gl.to_tensor(logit_cap),
+        gl.to_tensor(temperature_len), gl.to_tensor(log2_temperature_len), window_offsets is not None,
+    )  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
+    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, K_COLUMNS], dtype)
+    K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, K_COLUMNS], dtype)
+    V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_DV], dtype)
+    memory = Memory(
+        gl.allocate_shared_memory(dtype, [2 * K_CHUNKS, ROWS, K_COLUMNS], Q_LAYOUT),
+        barriers(2, 1),
+        barriers(2, 1),
+        Ring(
+            gl.allocate_shared_memory(dtype, [K_STAGES, BLOCK_N, K_COLUMNS], K_LAYOUT),
+            barriers(K_STAGES, ARRIVALS), barriers(K_STAGES, 2), K_STAGES,
+        ),
+        Ring(
+            gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, BLOCK_DV], V_LAYOUT),
+            barriers(V_STAGES, ARRIVALS), barriers(V_STAGES, 2), V_STAGES,
+        ),
+        barriers(2, 1),
+    )  # fmt: skip
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (consume, (0, rows, call, c, memory)),
+            (consume, (1, rows, call, c, memory)),
+            (
+                produce,
+                (
+                    q_desc, k_desc, v_desc, k_pool, v_pool, kv_indices, gl.to_tensor(stride_ks), gl.to_tensor(stride_kg),
+                    gl.to_tensor(stride_vs), gl.to_tensor(stride_vg), call, c, memory.q_slots, memory.q_full,
+                    memory.q_empty, memory.k_ring, memory.v_ring, ARRIVALS,
+                ),
+            ),
+        ],
+        [4, PRODUCER_WARPS],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""The tiled Hopper kernel's producer: query tiles, then key and value tiles in the order that consumers use them.
+
+New tokens come through TMA. Their descriptors are *ragged*: two leading dimensions whose strides cancel (modulo 2^64) move
+the end of the tensor to the end of the sequence, so that the hardware fills the rows past it with zeros and a neighbour's
+rows are never seen. Prefix rows are gathered one by one with asynchronous copies into the same rings; rows past either end
+of what the item sees repeat a row that it does see, and their scores are masked.
+"""
+
+# Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .gluon_compat import gather_load, tma_load
+from .tiled_work import ROWS, item_at, item_index, tiles_of
+
+RAGGED: gl.constexpr = gl.constexpr(1 << 30)  # rows of a ragged descriptor's last-but-two dimension
+
+
+@gluon.jit
+def load_box(desc, item, row, head, column, barrier, destination, bytes: gl.constexpr, arrivals: gl.constexpr):
+    """Rows ``row``.. of the item's sequence, zeros past its end. ``arrivals``: what completes the barrier."""
+    if arrivals > 1:
+        mbarrier.arrive(barrier, count=arrivals - 1)
+    mbarrier.expect(barrier, bytes)
+    end = item.q_start + item.extend_len
+    tma_load(desc, [RAGGED, end, RAGGED - item.extend_len + row, head, column], barrier, destination)
+
+
+@gluon.jit
+def load_query(desc, item, q_slots, q_full, q_empty, number, c):
+    BYTES: gl.constexpr = ROWS * c.K_COLUMNS * c.K_CHUNKS * 2
+    end = item.q_start + item.extend_len
+    for who in gl.static_range(2):
+        mbarrier.wait(q_empty.index(who), (number & 1) ^ 1)
+        mbarrier.expect(q_full.index(who), BYTES)
+        row = item.first
+        head = item.head_block * c.HEADS
+        if c.HEADS == 2:
+            head += who
+        else:
+            row += who * ROWS
+        for chunk in gl.static_range(c.K_CHUNKS):
+            tma_load(
+                desc,
+                [RAGGED, end, RAGGED - item.extend_len + row, head, chunk * c.K_COLUMNS],
+                q_full.index(who),
+                q_slots.index(who * c.K_CHUNKS + chunk),
+            )
+
+
+@gluon.jit
+def load_keys(desc, item, tile, head, ring, n, arrivals: gl.constexpr, c):
+    BYTES: gl.constexpr = c.BLOCK_N * c.K_COLUMNS * 2
+    for chunk in gl.static_range(c.K_CHUNKS):
+        at = n * c.K_CHUNKS + chunk
+        ring.wait_empty(at)
+        load_box(
+            desc, item, tile * c.BLOCK_N, head, chunk * c.K_COLUMNS, ring.filled(at), ring.slot(at), BYTES, arrivals
+        )
+
+
+@gluon.jit
+def load_values(desc, item, tile, head, ring, n, arrivals: gl.constexpr, c):
+    BYTES: gl.constexpr = c.BLOCK_N * c.BLOCK_DV * 2
+    ring.wait_empty(n)
+    column = item.v_slice * c.BLOCK_DV
+    load_box(desc, item, tile * c.BLOCK_N, head, column, ring.filled(n), ring.slot(n), BYTES, arrivals)
+
+
+@gluon.jit
+def gather(rows, column, limit: gl.constexpr, columns: gl.constexpr, barrier, destination, LAYOUT: gl.constexpr):
+    """Columns [column, column + columns) of the rows at pointers ``rows``; zeros from ``limit`` on."""
+    offset = column + gl.arange(0, columns, layout=gl.SliceLayout(0, LAYOUT))
+    pointers = rows[:, None] + offset[None, :]
+    pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])
+    if limit % columns == 0:
+        gather_load(destination, pointers)
+    else:
+        gather_load(destination, pointers, mask=(offset < limit)[None, :])
+    async_copy.mbarrier_arrive(barrier, increment_count=False)
+
+
+@gluon.jit
+def gather_keys(base, slots, stride, ring, n, LAYOUT: gl.constexpr, c):
+    rows = base + slots.to(gl.int64) * stride
+    for chunk in gl.static_range(c.K_CHUNKS):
+        at = n * c.K_CHUNKS + chunk
+        ring.wait_empty(at)
+        gather(rows, chunk * c.K_COLUMNS, c.HEAD_DIM, c.K_COLUMNS, ring.filled(at), ring.slot(at), LAYOUT)
+
+
+@gluon.jit
+def gather_values(base, slots, stride, v_slice, ring, n, LAYOUT: gl.constexpr, c):
+    ring.wait_empty(n)
+    rows = base + slots.to(gl.int64) * stride
+    gather(rows, v_slice * c.BLOCK_DV, c.HEAD_DIM_V, c.BLOCK_DV, ring.filled(n), ring.slot(n), LAYOUT)
+
+
+@gluon.jit
+def slots_of(kv_indices, item, tiles, tile, LAYOUT: gl.constexpr, c):
+    """Pool slots of a prefix tile's keys; keys that the item does not see repeat one that it does."""
+    key = tile * c.BLOCK_N + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+    key = gl.maximum(gl.minimum(key, item.prefix_len - 1), tiles.pool_first)
+    return gl.load(kv_indices + item.kv_start + key).to(gl.int32)  # half the registers
+
+
+@gluon.jit
+def produce(
+    q_desc, k_desc, v_desc, k_pool, v_pool, kv_indices, stride_ks, stride_kg, stride_vs, stride_vg, call, c,
+    q_slots, q_full, q_empty, k_ring, v_ring, ARRIVALS: gl.constexpr,
+):  # fmt: skip
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    n = 0
+    number = 0
+    turn = 0
+    index = program
+    while index < call.items:
+        item = item_at(index, call, c)
+        if item.first < item.extend_len:
+            tiles = tiles_of(item, call, c)
+            head = item.head_block * c.HEADS // c.GROUP
+            load_keys(k_desc, item, tiles.new_hi - 1, head, k_ring, n, ARRIVALS, c)
+            load_query(q_desc, item, q_slots, q_full, q_empty, number, c)
+            number += 1
+            for tile in range(tiles.new_hi - 2, tiles.new_lo - 1, -1):
+                load_keys(k_desc, item, tile, head, k_ring, n + 1, ARRIVALS, c)
+                load_values(v_desc, item, tile + 1, head, v_ring, n, ARRIVALS, c)
+                n += 1
+            if c.HAS_POOL:
+                if tiles.pool_lo < tiles.pool_hi:
+                    k_base = k_pool + head.to(gl.int64) * stride_kg
+                    v_base = v_pool + head.to(gl.int64) * stride_vg
+                    slots = slots_of(kv_indices, item, tiles, tiles.pool_hi - 1, LAYOUT, c)
+                    gather_keys(k_base, slots, stride_ks, k_ring, n + 1, LAYOUT, c)
+                    load_values(v_desc, item, tiles.new_lo, head, v_ring, n, ARRIVALS, c)
+                    n += 1
+                    for tile in range(tiles.pool_hi - 2, tiles.pool_lo - 1, -1):
+                        following = slots_of(kv_indices, item, tiles, tile, LAYOUT, c)
+                        gather_keys(k_base, following, stride_ks, k_ring, n + 1, LAYOUT, c)
+                        gather_values(v_base, slots, stride_vs, item.v_slice, v_ring, n, LAYOUT, c)
+                        slots = following
+                        n += 1
+                    gather_values(v_base, slots, stride_vs, item.v_slice, v_ring, n, LAYOUT, c)
+                else:
+                    load_values(v_desc, item, tiles.new_lo, head, v_ring, n, ARRIVALS, c)
+            else:
+                load_values(v_desc, item, tiles.new_lo, head, v_ring, n, ARRIVALS, c)
+            n += 1
+        turn += 1
+        index = item_index(turn, program, programs)

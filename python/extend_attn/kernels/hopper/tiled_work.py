@@ -1,0 +1,166 @@
+"""What the tiled Hopper kernel works on: its compile-time shape, a call's scalars, work items, and their key tiles."""
+
+# No `from __future__ import annotations`: an aggregate's fields are checked against the annotations themselves.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .gluon_compat import struct
+
+ROWS: gl.constexpr = gl.constexpr(64)  # query rows of a consumer: one warpgroup product is that high
+
+
+@struct
+class Shape:
+    """Compile-time facts. A key tile is BLOCK_N keys in K_CHUNKS slots of K_COLUMNS columns, and one slot of values.
+
+    HEADS 2: the two consumers take two query heads of one KV head over the same 64 tokens; 1: two blocks of 64 tokens
+    of one head. V_SLICES: work items that share a head's value columns.
+    """
+
+    NUM_HEADS: gl.constexpr
+    GROUP: gl.constexpr
+    HEADS: gl.constexpr
+    HEAD_DIM: gl.constexpr
+    HEAD_DIM_V: gl.constexpr
+    BLOCK_N: gl.constexpr
+    K_COLUMNS: gl.constexpr
+    K_CHUNKS: gl.constexpr
+    BLOCK_DV: gl.constexpr
+    V_SLICES: gl.constexpr
+    HAS_POOL: gl.constexpr
+    CAUSAL: gl.constexpr
+    WINDOW: gl.constexpr
+    SINKS: gl.constexpr
+    CAP: gl.constexpr
+    TEMPERATURE: gl.constexpr
+    Q_POSITIONS: gl.constexpr
+    LSE: gl.constexpr
+    V_SCALED: gl.constexpr
+    NEGATE: gl.constexpr
+    PINGPONG: gl.constexpr
+    TOKENS: gl.constexpr
+    HEAD_BLOCKS: gl.constexpr
+
+
+@struct
+class Call:
+    """A call's index arrays and scalars, which every warp reads."""
+
+    qo_indptr: gl.tensor
+    kv_indptr: gl.tensor
+    batch_size: gl.tensor
+    row_blocks: gl.tensor
+    items: gl.tensor
+    window: gl.tensor
+
+
+@struct
+class Item:
+    """Tokens ``first``.. of a sequence for one block of heads; nothing to do if ``first`` >= ``extend_len``.
+
+    ``q_start`` and ``kv_start`` are where the sequence's rows and prefix slots start.
+    """
+
+    sequence: gl.tensor
+    first: gl.tensor
+    q_start: gl.tensor
+    extend_len: gl.tensor
+    kv_start: gl.tensor
+    prefix_len: gl.tensor
+    head_block: gl.tensor
+    v_slice: gl.tensor
+
+
+@struct
+class Tiles:
+    """Key tiles of an item: new tokens [new_lo, new_hi), prefix [pool_lo, pool_hi), both walked downwards, new first.
+
+    ``pool_first`` is the first prefix key that the item sees.
+    """
+
+    new_lo: gl.tensor
+    new_hi: gl.tensor
+    pool_lo: gl.tensor
+    pool_hi: gl.tensor
+    pool_first: gl.tensor
+
+
+@gluon.jit
+def item_index(turn, program, programs):
+    """The ``turn``-th item of a program. Items are in order of falling cost; odd rounds run backwards to even it out."""
+    return gl.where(turn % 2 == 0, turn * programs + program, (turn + 1) * programs - 1 - program)
+
+
+@gluon.jit
+def item_at(index, call, c):
+    """Item ``index``: the last block of rows of every sequence first, since under a causal mask it has most keys."""
+    exists = index < call.items
+    index = gl.minimum(index, call.items - 1)
+    v_slice = index % c.V_SLICES
+    index = index // c.V_SLICES
+    head_block = index % c.HEAD_BLOCKS
+    index = index // c.HEAD_BLOCKS
+    b = index % call.batch_size
+    block = call.row_blocks - 1 - index // call.batch_size
+    q_start = gl.load(call.qo_indptr + b).to(gl.int32)
+    extend_len = gl.load(call.qo_indptr + b + 1).to(gl.int32) - q_start
+    kv_start = gl.to_tensor(0).to(gl.int64)
+    prefix_len = gl.to_tensor(0)
+    if c.HAS_POOL:
+        kv_start = gl.load(call.kv_indptr + b).to(gl.int64)
+        prefix_len = (gl.load(call.kv_indptr + b + 1).to(gl.int64) - kv_start).to(gl.int32)
+    first = gl.where(exists, block * c.TOKENS, 0x3FFFFFFF)
+    return Item(b, first, q_start, extend_len, kv_start, prefix_len, head_block, v_slice)
+
+
+@gluon.jit
+def tiles_of(item, call, c):
+    """The key tiles that some row of the item sees."""
+    new_lo = gl.to_tensor(0)
+    new_hi = gl.cdiv(item.extend_len, c.BLOCK_N)
+    if c.CAUSAL:
+        new_hi = gl.cdiv(gl.minimum(item.first + c.TOKENS, item.extend_len), c.BLOCK_N)
+    pool_first = gl.to_tensor(0)
+    if c.WINDOW:
+        new_lo = gl.maximum(item.first - call.window, 0) // c.BLOCK_N
+        pool_first = gl.maximum(item.prefix_len + item.first - call.window, 0)
+    pool_hi = gl.cdiv(item.prefix_len, c.BLOCK_N)
+    pool_lo = gl.where(pool_first < item.prefix_len, pool_first // c.BLOCK_N, pool_hi)
+    return Tiles(new_lo, new_hi, pool_lo, pool_hi, pool_first)
+
+
+@struct
+class Place:
+    """One consumer's walk over an item's key tiles: tile t is new tile ``top`` - 1 - t for t < ``new_tiles``, then prefix
+    tile ``pool_top`` - 1 - (t - ``new_tiles``), up to ``stop``. Tile 0 is masked; [1, ``stop_new``) and [``start_pool``,
+    ``stop_pool``) every row sees whole. ``row0`` is the consumer's first token."""
+
+    row0: gl.tensor
+    top: gl.tensor
+    pool_top: gl.tensor
+    new_tiles: gl.tensor
+    stop_new: gl.tensor
+    start_pool: gl.tensor
+    stop_pool: gl.tensor
+    stop: gl.tensor
+
+
+@gluon.jit
+def place_of(item, tiles, row0, call, c):
+    top = tiles.new_hi
+    if c.CAUSAL:  # the diagonal lies in one tile: BLOCK_N >= ROWS
+        top = gl.minimum(row0 // c.BLOCK_N + 1, top)
+    new_tiles = top - tiles.new_lo
+    pool_tiles = tiles.pool_hi - tiles.pool_lo
+    cut = gl.where((item.prefix_len % c.BLOCK_N != 0) & (pool_tiles > 0), 1, 0)  # the prefix ends inside its last tile
+    full_lo = tiles.new_lo
+    pool_full_lo = tiles.pool_lo
+    if c.WINDOW:
+        edge = row0 + ROWS - 1 - call.window  # the last row sees from here on
+        full_lo = gl.maximum(full_lo, gl.cdiv(gl.maximum(edge, 0), c.BLOCK_N))
+        pool_full_lo = gl.maximum(pool_full_lo, gl.cdiv(gl.maximum(edge + item.prefix_len, 0), c.BLOCK_N))
+    stop_new = gl.maximum(top - full_lo, 1)
+    start_pool = new_tiles + cut
+    stop_pool = start_pool + gl.maximum(tiles.pool_hi - cut - pool_full_lo, 0)
+    return Place(row0, top, tiles.pool_hi, new_tiles, stop_new, start_pool, stop_pool, new_tiles + pool_tiles)
