@@ -83,3 +83,13 @@ def test_repeats_are_bit_identical(dim, gqa):
 def test_tiles(tile):
     case = make_case(dtype=torch.bfloat16, device="cuda", lengths=UGLY, heads=(4, 2), dim=128)
     GPU["hopper_tiled_gqa"].check(case, plan={"family": "hopper_tiled", "pack_gqa": True, "tile": tile})
+
+
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("spec", [dict(), dict(sinks=torch.float32, k_scale=0.5, v_scale=2.0), dict(causal=False)], ids=str)
+def test_splits(spec, splits, dim, gqa):
+    lengths = [(1, 129), (65, 700), (0, 70), (129, 0), (700, 1), (300, 1500)]
+    case = make_case(dtype=torch.bfloat16, device="cuda", lengths=lengths, heads=(4, 2), dim=dim, **spec)
+    GPU["hopper_tiled"].check(case, plan={"family": "hopper_tiled", "pack_gqa": gqa, "split_kv": splits})

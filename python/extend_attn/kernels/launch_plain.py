@@ -62,11 +62,13 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
 
 
 def combine_after(
-    plan: Plan, inputs: Inputs, problem: Problem, block_dv: int, tiles: int, row_blocks: int, pdl: bool
-) -> Tuple[Kernel, Tuple[int, int]]:
+    plan: Plan, inputs: Inputs, problem: Problem, block_dv: int, tiles: int, row_blocks: int, pdl: bool,
+    shape: Optional[Tuple[int, int]] = None,
+) -> Tuple[Kernel, Tuple[int, int]]:  # fmt: skip
     """The combine kernel after ``plan.split_kv`` splits of so many tiles, and the elements of its two workspaces: the
-    splits' results, their maxima and sums."""
-    block_m, splits = plan.tile.block_m, plan.split_kv
+    splits' results, their maxima and sums. ``shape``: rows of a tile and rows a token (None: a packed tile's)."""
+    block_m, rows = shape or (plan.tile.block_m, problem.group)
+    splits = plan.split_kv
     constants = dict(
         NUM_HEADS=problem.num_q_heads,
         HEAD_DIM_V=problem.head_dim_v,
@@ -74,7 +76,7 @@ def combine_after(
         SINKS=problem.sinks,
         LSE=problem.return_lse,
         BLOCK_M=block_m,
-        ROWS=problem.group,
+        ROWS=rows,
         CHUNK=max(2, min(triton.next_power_of_2(splits), 4096 // block_dv)),
         PDL=pdl,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
@@ -13,6 +13,7 @@ from ...inputs import Inputs
 from ...plan.legality_hopper import ROWS, tiled_blocks
 from ...plan.tile import Plan
 from ...problem import Problem
+from ..launch_plain import combine_after, workspaces
 from ..recipe import Recipe, features, kernel, scalars, strides
 from .tiled import tiled_kernel
 
@@ -29,7 +30,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     heads = 2 if plan.pack_gqa else 1
     columns, chunks, block_dv, slices = tiled_blocks(problem)
     row_blocks = -(-problem.max_len_extend // (ROWS if heads == 2 else 2 * ROWS))
-    items = row_blocks * problem.batch_size * problem.num_q_heads // heads * slices
+    items = row_blocks * problem.batch_size * problem.num_q_heads // heads * slices * plan.split_kv
     on = features(inputs, problem)
     gather = on["HAS_POOL"]
     registers = GATHER_REGISTERS if gather else TMA_REGISTERS
@@ -51,11 +52,11 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         CONSUMER_REGISTERS=registers[0],
         PRODUCER_REGISTERS=registers[1],
         PRODUCER_WARPS=4 if gather else 1,
-        PINGPONG=False,
+        SPLIT=plan.split_kv > 1,
     )
     numbers = (
         *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.o),
-        problem.batch_size, row_blocks, items, *scalars(inputs),
+        problem.batch_size, row_blocks, plan.split_kv, items, *scalars(inputs),
     )  # fmt: skip
     tiled = kernel(
         tiled_kernel,
@@ -66,7 +67,13 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         maxnreg=MAX_REGISTERS,
     )
     boxes = (ROWS, columns), (plan.tile.block_n, columns), (plan.tile.block_n, block_dv)
-    return Recipe((tiled,), functools.partial(_tensors, boxes))
+    if plan.split_kv == 1:
+        return Recipe((tiled,), functools.partial(_tensors, boxes))
+    row_blocks *= 1 if heads == 2 else 2
+    tiles = row_blocks * problem.batch_size * problem.num_q_heads
+    width = block_dv * slices
+    combine, sizes = combine_after(plan, inputs, problem, width, tiles, row_blocks, plan.pdl, shape=(ROWS, 1))
+    return Recipe((tiled, combine), functools.partial(_tensors_of_splits, boxes, sizes))
 
 
 _FEATURES = (
@@ -81,16 +88,29 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tensors(boxes: Tuple[Tuple[int, int], ...], i: Inputs) -> Tuple[List[object], ...]:
+Boxes = Tuple[Tuple[int, int], ...]  # rows and columns of the TMA boxes of Q, K and V
+
+
+def _tensors(boxes: Boxes, inputs: Inputs) -> Tuple[List[object], ...]:
+    return (_tiled_tensors(boxes, inputs, None, None),)
+
+
+def _tensors_of_splits(boxes: Boxes, sizes: Tuple[int, int], inputs: Inputs) -> Tuple[List[object], ...]:
+    partial, partial_ml = workspaces(sizes, inputs.q.device)
+    combine = [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, partial, partial_ml]
+    return _tiled_tensors(boxes, inputs, partial, partial_ml), combine
+
+
+def _tiled_tensors(
+    boxes: Boxes, i: Inputs, partial: Optional[torch.Tensor], partial_ml: Optional[torch.Tensor]
+) -> List[object]:
     """With ``numbers`` above, the one place that knows the order of tiled_kernel's arguments."""
     assert i.k_new is not None and i.v_new is not None
-    descriptors = [ragged_descriptor(t, *box) for t, box in zip((i.q, i.k_new, i.v_new), boxes)]
-    return (
-        [
-            *descriptors, i.q if i.k_pool is None else i.k_pool, i.q if i.v_pool is None else i.v_pool, i.o, i.lse,
-            i.qo_indptr, i.kv_indptr, i.kv_indices, i.sinks, i.window_offsets, i.q_positions,
-        ],
-    )  # fmt: skip
+    return [
+        *(ragged_descriptor(t, *box) for t, box in zip((i.q, i.k_new, i.v_new), boxes)),
+        i.q if i.k_pool is None else i.k_pool, i.q if i.v_pool is None else i.v_pool, i.o, i.lse,
+        i.qo_indptr, i.kv_indptr, i.kv_indices, i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
+    ]  # fmt: skip
 
 
 def ragged_descriptor(t: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -43,6 +43,8 @@ class Rows:
 
     o: gl.tensor
     lse: gl.tensor
+    partial: gl.tensor
+    partial_ml: gl.tensor
     sinks: gl.tensor
     q_positions: gl.tensor
     window_offsets: gl.tensor
@@ -59,14 +61,13 @@ class Rows:
 
 @struct
 class Memory:
-    """Shared memory: query tiles [2 * K_CHUNKS, 64, K_COLUMNS] with a barrier each way, the two rings, whose turn it is."""
+    """Shared memory: query tiles [2 * K_CHUNKS, 64, K_COLUMNS] with a barrier each way, the two rings."""
 
     q_slots: gl.shared_memory_descriptor
     q_full: gl.shared_memory_descriptor
     q_empty: gl.shared_memory_descriptor
     k_ring: Ring
     v_ring: Ring
-    turns: gl.shared_memory_descriptor
 
 
 @gluon.jit
@@ -133,8 +134,33 @@ def weigh(s, m, l, scale, SCALED: gl.constexpr, c):
 
 
 @gluon.jit
+def edges(t, tiles, place, item, window, KEYS: gl.constexpr, S: gl.constexpr, c):
+    """``seen`` of tile t, wherever it lies."""
+    key = (tiles.new_hi - 1 - t) * c.BLOCK_N
+    limit = item.extend_len - key
+    rel = place.row0 - key
+    if KEYS == BOTH:
+        key = (tiles.pool_hi - 1 - (t - tiles.new_tiles)) * c.BLOCK_N
+        limit = gl.where(t < tiles.new_tiles, limit, item.prefix_len - key)
+        rel = gl.where(t < tiles.new_tiles, rel, place.row0 + item.prefix_len - key)
+    return seen(limit, rel, window, S, c)
+
+
+@gluon.jit
+def scales(t, tiles, rows, KEYS: gl.constexpr):
+    """(factor of tile t's dot products, factor of its values)."""
+    if KEYS == NEW:
+        return rows.new_scale, gl.to_tensor(1.0)
+    elif KEYS == POOL:
+        return rows.pool_scale, rows.v_scale
+    else:
+        new = t < tiles.new_tiles
+        return gl.where(new, rows.new_scale, rows.pool_scale), gl.where(new, 1.0, rows.v_scale)
+
+
+@gluon.jit
 def walk(
-    WHO: gl.constexpr, memory, rows, o, m, l, p, n, turn, first, stop, place, item, window, temperature,
+    WHO: gl.constexpr, memory, rows, o, m, l, p, n, first, stop, tiles, place, item, window, temperature,
     KEYS: gl.constexpr, EDGES: gl.constexpr, S: gl.constexpr, O: gl.constexpr, P: gl.constexpr, c,
 ):  # fmt: skip
     """Folds key tiles ``first``..``stop`` of the item into the state; P of the tile before is still to be used.
@@ -143,22 +169,12 @@ def walk(
     is, or SOME are as ``place`` says.
     """
     for t in range(first, stop):
-        if c.PINGPONG:
-            mbarrier.wait(memory.turns.index(WHO), turn ^ (1 - WHO))
         s_acc = start_scores(WHO, memory, n + t, S, c)
         memory.v_ring.wait_full(n + t - 1)
         if c.HAS_POOL:
             fence_async_shared()
         o_acc = warpgroup_mma(p, memory.v_ring.slot(n + t - 1), o, is_async=True)
-        if c.PINGPONG:
-            mbarrier.arrive(memory.turns.index(1 - WHO), count=1)
-            turn ^= 1
-        in_pool = t >= place.new_tiles
-        scale = rows.pool_scale if KEYS == POOL else rows.new_scale
-        v_scale = rows.v_scale
-        if KEYS == BOTH:
-            scale = gl.where(in_pool, rows.pool_scale, scale)
-            v_scale = gl.where(in_pool, v_scale, 1.0)
+        scale, v_scale = scales(t, tiles, rows, KEYS)
         s = warpgroup_mma_wait(1, [s_acc])
         release_keys(memory, n + t, c)
         s = logits(s, scale, temperature, rows.logit_cap, EDGES != NONE, c)
@@ -168,14 +184,7 @@ def walk(
         elif EDGES == SOME:
             whole = (t < place.stop_new) | ((t >= place.start_pool) & (t < place.stop_pool))
             if not whole:
-                key = (place.top - 1 - t) * c.BLOCK_N
-                limit = item.extend_len - key
-                rel = place.row0 - key
-                if KEYS == BOTH:
-                    key = (place.pool_top - 1 - (t - place.new_tiles)) * c.BLOCK_N
-                    limit = gl.where(in_pool, item.prefix_len - key, limit)
-                    rel = gl.where(in_pool, place.row0 + item.prefix_len - key, rel)
-                s = gl.where(seen(limit, rel, window, S, c), s, float("-inf"))
+                s = gl.where(edges(t, tiles, place, item, window, KEYS, S, c), s, float("-inf"))
         w, alpha, m, l = weigh(s, m, l, scale, EDGES != NONE, c)
         if c.V_SCALED and KEYS != NEW:
             w = w * v_scale
@@ -184,7 +193,7 @@ def walk(
         memory.v_ring.release(n + t - 1)
         o = o * gl.convert_layout(alpha, gl.SliceLayout(1, O))[:, None]
         p = p_next
-    return o, m, l, p, turn
+    return o, m, l, p
 
 
 @gluon.jit
@@ -230,17 +239,35 @@ def store(rows, item, row0, head, o, m, l, S: gl.constexpr, c):
 
 
 @gluon.jit
+def store_part(rows, call, item, tiles, row0, head, o, m, l, S: gl.constexpr, c):
+    """A split's accumulator, maxima and sums, as kernels/combine.py reads them: tiles of 64 tokens of one head."""
+    block = item.block * (c.TOKENS // ROWS) + (row0 - item.first) // ROWS
+    tile = (item.sequence * call.row_blocks * (c.TOKENS // ROWS) + block) * c.NUM_HEADS + head
+    slot = (tile * call.splits + item.split).to(gl.int64)
+    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+    if item.v_slice == 0:
+        gl.store(rows.partial_ml + slot * (2 * ROWS) + r, m)
+        gl.store(rows.partial_ml + slot * (2 * ROWS) + ROWS + r, l)
+    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, o.type.layout))
+    column = item.v_slice * c.BLOCK_DV + gl.arange(0, c.BLOCK_DV, layout=gl.SliceLayout(0, o.type.layout))
+    DV: gl.constexpr = c.BLOCK_DV * c.V_SLICES
+    ok = (row0 + r < item.extend_len) & (tiles.begin < tiles.end)
+    pointers = rows.partial + (slot * ROWS + r)[:, None] * DV + column[None, :]
+    gl.store(pointers, o, mask=ok[:, None] & (column < DV)[None, :])
+
+
+@gluon.jit
 def consume(WHO: gl.constexpr, rows, call, c, memory):
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.BLOCK_DV, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     CAN_SKIP: gl.constexpr = WHO == 0 and c.CAUSAL and c.TOKENS > c.BLOCK_N
+    ALL: gl.constexpr = BOTH if c.HAS_POOL else NEW
+    FIRST: gl.constexpr = ALL if c.SPLIT else NEW
     program = gl.program_id(0)
-    programs = gl.num_programs(0)
     n = 0
     number = 0
     turn = 0
-    round = 0
     index = program
     while index < call.items:
         item = item_at(index, call, c)
@@ -252,65 +279,75 @@ def consume(WHO: gl.constexpr, rows, call, c, memory):
                 head += WHO
             else:
                 row0 += WHO * ROWS
-            place = place_of(item, tiles, row0, call, c)
-            temperature = temperature_of(rows, item, row0, S, c)
-            mbarrier.wait(memory.q_full.index(WHO), number & 1)
-            if CAN_SKIP:  # the other consumer's diagonal tile
-                if place.top < tiles.new_hi:
-                    for chunk in gl.static_range(c.K_CHUNKS):
-                        memory.k_ring.wait_full(n * c.K_CHUNKS + chunk)
-                    release_keys(memory, n, c)
-                    n += 1
             m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
             l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
             o = gl.zeros([ROWS, c.BLOCK_DV], gl.float32, O)
-            s = warpgroup_mma_wait(0, [start_scores(WHO, memory, n, S, c)])
-            release_keys(memory, n, c)
-            key = (place.top - 1) * c.BLOCK_N
-            s = logits(s, rows.new_scale, temperature, rows.logit_cap, True, c)
-            s = gl.where(seen(item.extend_len - key, row0 - key, call.window, S, c), s, float("-inf"))
-            w, alpha, m, l = weigh(s, m, l, rows.new_scale, True, c)
-            p = gl.convert_layout(w.to(memory.q_slots.dtype), P)
-            if CAN_SKIP:
-                if place.top < tiles.new_hi:
-                    memory.v_ring.wait_full(n - 1)
-                    memory.v_ring.release(n - 1)
-            if c.WINDOW:
-                o, m, l, p, turn = walk(
-                    WHO, memory, rows, o, m, l, p, n, turn, 1, place.stop, place, item, call.window, temperature,
-                    BOTH if c.HAS_POOL else NEW, SOME, S, O, P, c,
-                )  # fmt: skip
-            else:
-                o, m, l, p, turn = walk(
-                    WHO, memory, rows, o, m, l, p, n, turn, 1, place.stop_new, place, item, call.window, temperature,
-                    NEW, NONE, S, O, P, c,
-                )  # fmt: skip
+            if (not c.SPLIT) or tiles.begin < tiles.end:
+                place = place_of(item, tiles, row0, call, c)
+                temperature = temperature_of(rows, item, row0, S, c)
+                n -= tiles.begin  # tile t lies in ring position n + t
+                first = place.begin
+                mbarrier.wait(memory.q_full.index(WHO), number & 1)
+                if CAN_SKIP:  # the other consumer's diagonal tile
+                    if tiles.begin < first:
+                        for chunk in gl.static_range(c.K_CHUNKS):
+                            memory.k_ring.wait_full((n + tiles.begin) * c.K_CHUNKS + chunk)
+                        release_keys(memory, n + tiles.begin, c)
+                s = warpgroup_mma_wait(0, [start_scores(WHO, memory, n + first, S, c)])
+                release_keys(memory, n + first, c)
+                scale, v_scale = scales(first, tiles, rows, FIRST)
+                s = logits(s, scale, temperature, rows.logit_cap, True, c)
+                s = gl.where(edges(first, tiles, place, item, call.window, FIRST, S, c), s, float("-inf"))
+                w, alpha, m, l = weigh(s, m, l, scale, True, c)
+                if c.V_SCALED and c.SPLIT:
+                    w = w * v_scale
+                p = gl.convert_layout(w.to(memory.q_slots.dtype), P)
+                if CAN_SKIP:
+                    if tiles.begin < first:
+                        memory.v_ring.wait_full(n + tiles.begin)
+                        memory.v_ring.release(n + tiles.begin)
+                if c.WINDOW:
+                    o, m, l, p = walk(
+                        WHO, memory, rows, o, m, l, p, n, first + 1, tiles.end, tiles, place, item, call.window,
+                        temperature, ALL, SOME, S, O, P, c,
+                    )  # fmt: skip
+                else:
+                    stop_new = tiles.end
+                    if c.HAS_POOL:
+                        stop_new = gl.minimum(tiles.new_tiles, tiles.end)
+                    o, m, l, p = walk(
+                        WHO, memory, rows, o, m, l, p, n, first + 1, stop_new, tiles, place, item, call.window,
+                        temperature, NEW, NONE, S, O, P, c,
+                    )  # fmt: skip
+                    if c.HAS_POOL:
+                        o, m, l, p = walk(
+                            WHO, memory, rows, o, m, l, p, n, gl.maximum(tiles.new_tiles, first + 1),
+                            gl.minimum(place.start_pool, tiles.end), tiles, place, item, call.window, temperature,
+                            POOL, END, S, O, P, c,
+                        )  # fmt: skip
+                        o, m, l, p = walk(
+                            WHO, memory, rows, o, m, l, p, n, gl.maximum(place.start_pool, first + 1), tiles.end,
+                            tiles, place, item, call.window, temperature, POOL, NONE, S, O, P, c,
+                        )  # fmt: skip
+                mbarrier.arrive(memory.q_empty.index(WHO), count=1)
+                n += tiles.end
+                memory.v_ring.wait_full(n - 1)
                 if c.HAS_POOL:
-                    o, m, l, p, turn = walk(
-                        WHO, memory, rows, o, m, l, p, n, turn, place.stop_new, place.start_pool, place, item,
-                        call.window, temperature, POOL, END, S, O, P, c,
-                    )  # fmt: skip
-                    o, m, l, p, turn = walk(
-                        WHO, memory, rows, o, m, l, p, n, turn, place.start_pool, place.stop, place, item,
-                        call.window, temperature, POOL, NONE, S, O, P, c,
-                    )  # fmt: skip
-            mbarrier.arrive(memory.q_empty.index(WHO), count=1)
-            n += place.stop - 1
-            memory.v_ring.wait_full(n)
-            if c.HAS_POOL:
-                fence_async_shared()
-            o_acc = warpgroup_mma(p, memory.v_ring.slot(n), o, is_async=True)
-            o, used = warpgroup_mma_wait(0, [o_acc, p])
-            memory.v_ring.release(n)
-            n += 1
-            store(rows, item, row0, head, o, m, l, S, c)
-            number += 1
-        round += 1
-        index = item_index(round, program, programs)
+                    fence_async_shared()
+                o_acc = warpgroup_mma(p, memory.v_ring.slot(n - 1), o, is_async=True)
+                o, used = warpgroup_mma_wait(0, [o_acc, p])
+                memory.v_ring.release(n - 1)
+                number += 1
+            if c.SPLIT:
+                store_part(rows, call, item, tiles, row0, head, o, m, l, S, c)
+            else:
+                store(rows, item, row0, head, o, m, l, S, c)
+        turn += 1
+        index = item_index(turn, program, gl.num_programs(0))
 
 
 UNSPECIALIZED = [
-    "batch_size", "row_blocks", "items", "window", "new_scale", "pool_scale", "v_scale", "logit_cap",
+    "batch_size", "row_blocks", "splits", "items", "window", "new_scale", "pool_scale", "v_scale", "logit_cap",
     "temperature_len", "log2_temperature_len", "stride_ks", "stride_kg", "stride_vs", "stride_vg", "stride_ot",
     "stride_oh",
 ]  # fmt: skip
@@ -320,29 +357,30 @@ UNALIGNED = ["qo_indptr", "kv_indptr", "kv_indices", "sinks", "window_offsets", 
 @gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def tiled_kernel(
     q_desc, k_desc, v_desc, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices, sinks, window_offsets,
-    q_positions, stride_ks, stride_kg, stride_vs, stride_vg, stride_ot, stride_oh, batch_size, row_blocks, items,
-    window, new_scale, pool_scale, v_scale, logit_cap, temperature_len, log2_temperature_len,
+    q_positions, partial, partial_ml, stride_ks, stride_kg, stride_vs, stride_vg, stride_ot, stride_oh, batch_size, row_blocks, splits,
+    items, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len, log2_temperature_len,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr, K_CHUNKS: gl.constexpr,
     BLOCK_DV: gl.constexpr, V_SLICES: gl.constexpr, HAS_POOL: gl.constexpr, CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr, SINKS: gl.constexpr, CAP: gl.constexpr, TEMPERATURE: gl.constexpr,
     Q_POSITIONS: gl.constexpr, LSE: gl.constexpr, V_SCALED: gl.constexpr, NEGATE: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr, PINGPONG: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are ragged (tiled_producer.py); tensors as in ``Inputs``; numbers in the order of recipe.scalars."""
     ARRIVALS: gl.constexpr = 128 if HAS_POOL else 1  # a gathered slot is filled by all threads of the producer
     c = Shape(
         NUM_HEADS, GROUP, HEADS, HEAD_DIM, HEAD_DIM_V, BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES,
-        HAS_POOL, CAUSAL, WINDOW, SINKS, CAP, TEMPERATURE, Q_POSITIONS, LSE, V_SCALED, NEGATE, PINGPONG,
+        HAS_POOL, CAUSAL, WINDOW, SINKS, CAP, TEMPERATURE, Q_POSITIONS, LSE, V_SCALED, NEGATE, SPLIT,
         ROWS if HEADS == 2 else 2 * ROWS, NUM_HEADS // HEADS,
     )  # fmt: skip
     call = Call(
-        qo_indptr, kv_indptr, gl.to_tensor(batch_size), gl.to_tensor(row_blocks), gl.to_tensor(items),
+        qo_indptr, kv_indptr, gl.to_tensor(batch_size), gl.to_tensor(row_blocks), gl.to_tensor(splits),
+        gl.to_tensor(items),
         gl.to_tensor(window),
     )  # fmt: skip
     rows = Rows(
-        o, lse if LSE else o, sinks if SINKS else o, q_positions if Q_POSITIONS else o,
+        o, lse if LSE else o, partial if SPLIT else o, partial_ml if SPLIT else o, sinks if SINKS else o, q_positions if Q_POSITIONS else o,
         window_offsets if window_offsets is not None else o, gl.to_tensor(stride_ot), gl.to_tensor(stride_oh),
         gl.to_tensor(new_scale), gl.to_tensor(pool_scale), gl.to_tensor(v_scale), gl.to_tensor(logit_cap),
         gl.to_tensor(temperature_len), gl.to_tensor(log2_temperature_len), window_offsets is not None,
@@ -363,7 +401,6 @@ def tiled_kernel(
             gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, BLOCK_DV], V_LAYOUT),
             barriers(V_STAGES, ARRIVALS), barriers(V_STAGES, 2), V_STAGES,
         ),
-        barriers(2, 1),
     )  # fmt: skip
     fence_async_shared()
     gl.warp_specialize(

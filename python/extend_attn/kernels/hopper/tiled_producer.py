@@ -100,9 +100,9 @@ def gather_values(base, slots, stride, v_slice, ring, n, LAYOUT: gl.constexpr, c
 
 
 @gluon.jit
-def slots_of(kv_indices, item, tiles, tile, LAYOUT: gl.constexpr, c):
-    """Pool slots of a prefix tile's keys; keys that the item does not see repeat one that it does."""
-    key = tile * c.BLOCK_N + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+def slots_of(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
+    """Pool slots of prefix tile t's keys; keys that the item does not see repeat one that it does."""
+    key = (tiles.pool_hi - 1 - (t - tiles.new_tiles)) * c.BLOCK_N + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
     key = gl.maximum(gl.minimum(key, item.prefix_len - 1), tiles.pool_first)
     return gl.load(kv_indices + item.kv_start + key).to(gl.int32)  # half the registers
 
@@ -112,9 +112,9 @@ def produce(
     q_desc, k_desc, v_desc, k_pool, v_pool, kv_indices, stride_ks, stride_kg, stride_vs, stride_vg, call, c,
     q_slots, q_full, q_empty, k_ring, v_ring, ARRIVALS: gl.constexpr,
 ):  # fmt: skip
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    """K of tile t + 1 goes before V of tile t: that is the order in which consumers ask for them."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     program = gl.program_id(0)
-    programs = gl.num_programs(0)
     n = 0
     number = 0
     turn = 0
@@ -123,33 +123,28 @@ def produce(
         item = item_at(index, call, c)
         if item.first < item.extend_len:
             tiles = tiles_of(item, call, c)
-            head = item.head_block * c.HEADS // c.GROUP
-            load_keys(k_desc, item, tiles.new_hi - 1, head, k_ring, n, ARRIVALS, c)
-            load_query(q_desc, item, q_slots, q_full, q_empty, number, c)
-            number += 1
-            for tile in range(tiles.new_hi - 2, tiles.new_lo - 1, -1):
-                load_keys(k_desc, item, tile, head, k_ring, n + 1, ARRIVALS, c)
-                load_values(v_desc, item, tile + 1, head, v_ring, n, ARRIVALS, c)
-                n += 1
-            if c.HAS_POOL:
-                if tiles.pool_lo < tiles.pool_hi:
-                    k_base = k_pool + head.to(gl.int64) * stride_kg
-                    v_base = v_pool + head.to(gl.int64) * stride_vg
-                    slots = slots_of(kv_indices, item, tiles, tiles.pool_hi - 1, LAYOUT, c)
-                    gather_keys(k_base, slots, stride_ks, k_ring, n + 1, LAYOUT, c)
-                    load_values(v_desc, item, tiles.new_lo, head, v_ring, n, ARRIVALS, c)
+            if tiles.begin < tiles.end:
+                head = item.head_block * c.HEADS // c.GROUP
+                k_base = k_pool + head.to(gl.int64) * stride_kg
+                v_base = v_pool + head.to(gl.int64) * stride_vg
+                slots = gl.zeros([c.BLOCK_N], gl.int32, gl.SliceLayout(1, LAYOUT))
+                following = slots
+                for t in range(tiles.begin, tiles.end + 1):
+                    if t < tiles.end:
+                        if t < tiles.new_tiles:
+                            load_keys(k_desc, item, tiles.new_hi - 1 - t, head, k_ring, n, ARRIVALS, c)
+                        elif c.HAS_POOL:
+                            following = slots_of(kv_indices, item, tiles, t, LAYOUT, c)
+                            gather_keys(k_base, following, stride_ks, k_ring, n, LAYOUT, c)
+                    if t == tiles.begin:
+                        load_query(q_desc, item, q_slots, q_full, q_empty, number, c)
+                    elif t <= tiles.new_tiles:
+                        load_values(v_desc, item, tiles.new_hi - t, head, v_ring, n - 1, ARRIVALS, c)
+                    elif c.HAS_POOL:
+                        gather_values(v_base, slots, stride_vs, item.v_slice, v_ring, n - 1, LAYOUT, c)
+                    slots = following
                     n += 1
-                    for tile in range(tiles.pool_hi - 2, tiles.pool_lo - 1, -1):
-                        following = slots_of(kv_indices, item, tiles, tile, LAYOUT, c)
-                        gather_keys(k_base, following, stride_ks, k_ring, n + 1, LAYOUT, c)
-                        gather_values(v_base, slots, stride_vs, item.v_slice, v_ring, n, LAYOUT, c)
-                        slots = following
-                        n += 1
-                    gather_values(v_base, slots, stride_vs, item.v_slice, v_ring, n, LAYOUT, c)
-                else:
-                    load_values(v_desc, item, tiles.new_lo, head, v_ring, n, ARRIVALS, c)
-            else:
-                load_values(v_desc, item, tiles.new_lo, head, v_ring, n, ARRIVALS, c)
-            n += 1
+                n -= 1
+                number += 1
         turn += 1
-        index = item_index(turn, program, programs)
+        index = item_index(turn, program, gl.num_programs(0))

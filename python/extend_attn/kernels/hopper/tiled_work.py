@@ -15,7 +15,8 @@ class Shape:
     """Compile-time facts. A key tile is BLOCK_N keys in K_CHUNKS slots of K_COLUMNS columns, and one slot of values.
 
     HEADS 2: the two consumers take two query heads of one KV head over the same 64 tokens; 1: two blocks of 64 tokens
-    of one head. V_SLICES: work items that share a head's value columns.
+    of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns. SPLIT:
+    items that share a block's keys.
     """
 
     NUM_HEADS: gl.constexpr
@@ -38,9 +39,13 @@ class Shape:
     LSE: gl.constexpr
     V_SCALED: gl.constexpr
     NEGATE: gl.constexpr
-    PINGPONG: gl.constexpr
+    SPLIT: gl.constexpr
     TOKENS: gl.constexpr
     HEAD_BLOCKS: gl.constexpr
+
+
+# A split is worth its partial result from about this many key tiles on.
+MIN_SPLIT_TILES: gl.constexpr = gl.constexpr(4)
 
 
 @struct
@@ -51,18 +56,19 @@ class Call:
     kv_indptr: gl.tensor
     batch_size: gl.tensor
     row_blocks: gl.tensor
+    splits: gl.tensor
     items: gl.tensor
     window: gl.tensor
 
 
 @struct
 class Item:
-    """Tokens ``first``.. of a sequence for one block of heads; nothing to do if ``first`` >= ``extend_len``.
-
-    ``q_start`` and ``kv_start`` are where the sequence's rows and prefix slots start.
+    """TOKENS tokens of a sequence from ``first`` on, for one block of heads; nothing to do if ``first`` >=
+    ``extend_len``. ``q_start`` and ``kv_start`` are where the sequence's rows and prefix slots start.
     """
 
     sequence: gl.tensor
+    block: gl.tensor
     first: gl.tensor
     q_start: gl.tensor
     extend_len: gl.tensor
@@ -70,20 +76,38 @@ class Item:
     prefix_len: gl.tensor
     head_block: gl.tensor
     v_slice: gl.tensor
+    split: gl.tensor
 
 
 @struct
 class Tiles:
-    """Key tiles of an item: new tokens [new_lo, new_hi), prefix [pool_lo, pool_hi), both walked downwards, new first.
+    """The key tiles that some row of an item sees: new tokens [new_lo, new_hi), prefix [pool_lo, pool_hi).
 
-    ``pool_first`` is the first prefix key that the item sees.
+    Both are walked downwards, new ones first: tile t is new tile ``new_hi`` - 1 - t for t < ``new_tiles``, then prefix
+    tile ``pool_hi`` - 1 - (t - ``new_tiles``). The item takes ``begin`` <= t < ``end``, a split's share. ``pool_first``
+    is the first prefix key that some row sees.
     """
 
     new_lo: gl.tensor
     new_hi: gl.tensor
+    new_tiles: gl.tensor
     pool_lo: gl.tensor
     pool_hi: gl.tensor
     pool_first: gl.tensor
+    begin: gl.tensor
+    end: gl.tensor
+
+
+@struct
+class Place:
+    """One consumer's walk: its rows start at token ``row0``, its tiles at ``begin``. Every row sees all keys of tiles
+    from ``begin`` + 1 to ``stop_new`` and from ``start_pool`` to ``stop_pool``; others are masked."""
+
+    row0: gl.tensor
+    begin: gl.tensor
+    stop_new: gl.tensor
+    start_pool: gl.tensor
+    stop_pool: gl.tensor
 
 
 @gluon.jit
@@ -95,10 +119,12 @@ def item_index(turn, program, programs):
 @gluon.jit
 def item_at(index, call, c):
     """Item ``index``: the last block of rows of every sequence first, since under a causal mask it has most keys."""
-    exists = index < call.items
-    index = gl.minimum(index, call.items - 1)
     v_slice = index % c.V_SLICES
     index = index // c.V_SLICES
+    split = gl.to_tensor(0)
+    if c.SPLIT:
+        split = index % call.splits
+        index = index // call.splits
     head_block = index % c.HEAD_BLOCKS
     index = index // c.HEAD_BLOCKS
     b = index % call.batch_size
@@ -110,13 +136,11 @@ def item_at(index, call, c):
     if c.HAS_POOL:
         kv_start = gl.load(call.kv_indptr + b).to(gl.int64)
         prefix_len = (gl.load(call.kv_indptr + b + 1).to(gl.int64) - kv_start).to(gl.int32)
-    first = gl.where(exists, block * c.TOKENS, 0x3FFFFFFF)
-    return Item(b, first, q_start, extend_len, kv_start, prefix_len, head_block, v_slice)
+    return Item(b, block, block * c.TOKENS, q_start, extend_len, kv_start, prefix_len, head_block, v_slice, split)
 
 
 @gluon.jit
 def tiles_of(item, call, c):
-    """The key tiles that some row of the item sees."""
     new_lo = gl.to_tensor(0)
     new_hi = gl.cdiv(item.extend_len, c.BLOCK_N)
     if c.CAUSAL:
@@ -127,31 +151,22 @@ def tiles_of(item, call, c):
         pool_first = gl.maximum(item.prefix_len + item.first - call.window, 0)
     pool_hi = gl.cdiv(item.prefix_len, c.BLOCK_N)
     pool_lo = gl.where(pool_first < item.prefix_len, pool_first // c.BLOCK_N, pool_hi)
-    return Tiles(new_lo, new_hi, pool_lo, pool_hi, pool_first)
-
-
-@struct
-class Place:
-    """One consumer's walk over an item's key tiles: tile t is new tile ``top`` - 1 - t for t < ``new_tiles``, then prefix
-    tile ``pool_top`` - 1 - (t - ``new_tiles``), up to ``stop``. Tile 0 is masked; [1, ``stop_new``) and [``start_pool``,
-    ``stop_pool``) every row sees whole. ``row0`` is the consumer's first token."""
-
-    row0: gl.tensor
-    top: gl.tensor
-    pool_top: gl.tensor
-    new_tiles: gl.tensor
-    stop_new: gl.tensor
-    start_pool: gl.tensor
-    stop_pool: gl.tensor
-    stop: gl.tensor
+    new_tiles = new_hi - new_lo
+    begin = gl.to_tensor(0)
+    end = new_tiles + pool_hi - pool_lo
+    if c.SPLIT:
+        share = gl.maximum(gl.cdiv(end, call.splits), MIN_SPLIT_TILES)
+        begin = gl.minimum(item.split * share, end)
+        end = gl.minimum(begin + share, end)
+    return Tiles(new_lo, new_hi, new_tiles, pool_lo, pool_hi, pool_first, begin, end)
 
 
 @gluon.jit
 def place_of(item, tiles, row0, call, c):
-    top = tiles.new_hi
+    skipped = gl.to_tensor(0)
     if c.CAUSAL:  # the diagonal lies in one tile: BLOCK_N >= ROWS
-        top = gl.minimum(row0 // c.BLOCK_N + 1, top)
-    new_tiles = top - tiles.new_lo
+        skipped = gl.maximum(tiles.new_hi - row0 // c.BLOCK_N - 1, 0)
+    begin = gl.maximum(tiles.begin, skipped)
     pool_tiles = tiles.pool_hi - tiles.pool_lo
     cut = gl.where((item.prefix_len % c.BLOCK_N != 0) & (pool_tiles > 0), 1, 0)  # the prefix ends inside its last tile
     full_lo = tiles.new_lo
@@ -160,7 +175,6 @@ def place_of(item, tiles, row0, call, c):
         edge = row0 + ROWS - 1 - call.window  # the last row sees from here on
         full_lo = gl.maximum(full_lo, gl.cdiv(gl.maximum(edge, 0), c.BLOCK_N))
         pool_full_lo = gl.maximum(pool_full_lo, gl.cdiv(gl.maximum(edge + item.prefix_len, 0), c.BLOCK_N))
-    stop_new = gl.maximum(top - full_lo, 1)
-    start_pool = new_tiles + cut
+    start_pool = tiles.new_tiles + cut
     stop_pool = start_pool + gl.maximum(tiles.pool_hi - cut - pool_full_lo, 0)
-    return Place(row0, top, tiles.pool_hi, new_tiles, stop_new, start_pool, stop_pool, new_tiles + pool_tiles)
+    return Place(row0, begin, tiles.new_hi - full_lo, start_pool, stop_pool)
