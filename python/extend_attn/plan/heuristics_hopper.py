@@ -22,4 +22,5 @@ def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
 def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     """128 keys a tile where the registers hold their logits beside the accumulator; two heads a program if they pair."""
     block_n = 128 if problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 else 64
-    return Plan("hopper_tiled", Tile(128, block_n, 8, 2), pack_gqa=problem.group % 2 == 0, source="heuristic")
+    num_stages = 2 if problem.head_dim_qk <= 256 else 1
+    return Plan("hopper_tiled", Tile(128, block_n, 8, num_stages), pack_gqa=problem.group % 2 == 0, source="heuristic")

@@ -88,8 +88,8 @@ def tiled_blocks(problem: Problem) -> Tuple[int, int, int, int]:
     return (*keys, *values)
 
 
-TILED_KEYS = ((64, (64, 1)), (128, (128, 1)), (192, (64, 3)), (256, (256, 1)))
-TILED_VALUES = ((64, (64, 1)), (128, (128, 1)), (256, (256, 1)))
+TILED_KEYS = ((64, (64, 1)), (128, (128, 1)), (192, (64, 3)), (256, (256, 1)), (512, (128, 4)))
+TILED_VALUES = ((64, (64, 1)), (128, (128, 1)), (256, (256, 1)), (512, (256, 2)))
 TILED_WARPS = 8  # two consumers of a warpgroup each
 RING_MAX_LEN = (1 << 30) - 1  # rows that a ragged descriptor can address
 
@@ -106,7 +106,7 @@ def _tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional
         return f"pack_gqa: two heads share their keys, and {problem.group} heads a KV head are odd"
     columns, chunks, block_dv, slices = tiled_blocks(problem)
     if columns == 0:
-        return f"head dims {problem.head_dim_qk}/{problem.head_dim_v}: keys and values of up to 256 columns have a kernel"
+        return f"head dims {problem.head_dim_qk}/{problem.head_dim_v}: keys and values of up to 512 columns have a kernel"
     registers = tile.block_n * 3 // 4 + block_dv // 2  # logits, weights in 16 bit, accumulator
     if registers > TILED_REGISTERS:
         return f"registers: {registers} a thread for logits, weights and accumulator; {TILED_REGISTERS} leave room"
@@ -129,13 +129,11 @@ TILED_REGISTERS = 176  # of 240: 64 keys at 256 columns; 128 there spill
 
 
 def _tiled_shared_memory(problem: Problem, plan: Plan) -> int:
-    columns, chunks, block_dv, _ = tiled_blocks(problem)
+    columns, chunks, block_dv, slices = tiled_blocks(problem)
     keys = columns * chunks
     rows = 2 * ROWS * keys + plan.tile.num_stages * plan.tile.block_n * (keys + block_dv)
-    return rows * ELEMENT_SIZE[problem.dtype] + TILED_SCRATCH
-
-
-TILED_SCRATCH = 4096 + 256  # the output's change of layout; barriers
+    # the output changes its layout on its way out; where value columns are sliced it does so in the query's place
+    return rows * ELEMENT_SIZE[problem.dtype] + BARRIERS + (4096 if slices == 1 else 0)
 
 
 _ILLEGAL: Dict[str, Callable[[Problem, Plan, DeviceSpec], Optional[str]]] = {

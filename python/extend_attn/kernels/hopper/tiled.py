@@ -72,7 +72,9 @@ class Memory:
 
 @gluon.jit
 def start_scores(WHO: gl.constexpr, memory, n, S: gl.constexpr, c):
-    """Issues S = Q K^T of key tile ``n``."""
+    """Issues S = Q K^T of key tile ``n``. Where the ring holds no second tile, each slot is released as soon as it is
+    read, except the last."""
+    ONE_TILE: gl.constexpr = memory.k_ring.stages == c.K_CHUNKS and c.K_CHUNKS > 1
     acc = gl.zeros([ROWS, c.BLOCK_N], gl.float32, S)
     for chunk in gl.static_range(c.K_CHUNKS):
         at = n * c.K_CHUNKS + chunk
@@ -81,12 +83,17 @@ def start_scores(WHO: gl.constexpr, memory, n, S: gl.constexpr, c):
             fence_async_shared()
         q = memory.q_slots.index(WHO * c.K_CHUNKS + chunk)
         acc = warpgroup_mma(q, memory.k_ring.slot(at).permute((1, 0)), acc, use_acc=chunk > 0, is_async=True)
+        if ONE_TILE and chunk > 0:
+            acc = warpgroup_mma_wait(1, [acc])
+            memory.k_ring.release(at - 1)
     return acc
 
 
 @gluon.jit
 def release_keys(memory, n, c):
-    for chunk in gl.static_range(c.K_CHUNKS):
+    """The slots of key tile ``n`` that ``start_scores`` has left."""
+    ONE_TILE: gl.constexpr = memory.k_ring.stages == c.K_CHUNKS
+    for chunk in gl.static_range(c.K_CHUNKS - 1 if ONE_TILE else 0, c.K_CHUNKS):
         memory.k_ring.release(n * c.K_CHUNKS + chunk)
 
 
@@ -213,9 +220,13 @@ def temperature_of(rows, item, row0, S: gl.constexpr, c):
 
 
 @gluon.jit
-def store(rows, item, row0, head, o, m, l, S: gl.constexpr, c):
+def store(
+    WHO: gl.constexpr, memory, rows, item, row0, head, o, m, l, S: gl.constexpr, STAGED: gl.constexpr, c,
+):  # fmt: skip
     """Sink, division, output and LSE of a consumer's rows."""
-    OUT: gl.constexpr = output_layout(c.BLOCK_DV)
+    DIRECT: gl.constexpr = STAGED and rows.o.dtype.element_ty == gl.float32  # the query's place holds 16-bit types
+    OUT: gl.constexpr = o.type.layout if DIRECT else output_layout(c.BLOCK_DV)
+    TILES: gl.constexpr = 2 * c.K_CHUNKS * c.K_COLUMNS // c.BLOCK_DV
     if c.SINKS:
         sink = gl.load(rows.sinks + head).to(gl.float32) * LOG2E
         m_new = gl.maximum(m, sink)
@@ -229,7 +240,15 @@ def store(rows, item, row0, head, o, m, l, S: gl.constexpr, c):
             at = (item.q_start + token).to(gl.int64) * c.NUM_HEADS + head
             gl.store(rows.lse + at, (m + gl.log2(l)) * LN2, mask=token < item.extend_len)
     o = o * gl.convert_layout(1.0 / l, gl.SliceLayout(1, o.type.layout))[:, None]
-    out = gl.convert_layout(o.to(rows.o.dtype.element_ty), OUT)
+    if DIRECT:
+        out = o
+    elif STAGED:
+        V_LAYOUT: gl.constexpr = memory.v_ring.slots.layout
+        tile = memory.q_slots._reinterpret(memory.q_slots.dtype, [TILES, ROWS, c.BLOCK_DV], V_LAYOUT).index(WHO * (TILES // 2))
+        tile.store(o.to(memory.q_slots.dtype))
+        out = tile.load(OUT).to(rows.o.dtype.element_ty)
+    else:
+        out = gl.convert_layout(o.to(rows.o.dtype.element_ty), OUT)
     token = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
     column = item.v_slice * c.BLOCK_DV + gl.arange(0, c.BLOCK_DV, layout=gl.SliceLayout(0, OUT))
     base = rows.o + head.to(gl.int64) * rows.stride_oh
@@ -264,6 +283,7 @@ def consume(WHO: gl.constexpr, rows, call, c, memory):
     CAN_SKIP: gl.constexpr = WHO == 0 and c.CAUSAL and c.TOKENS > c.BLOCK_N
     ALL: gl.constexpr = BOTH if c.HAS_POOL else NEW
     FIRST: gl.constexpr = ALL if c.SPLIT else NEW
+    STAGED: gl.constexpr = c.V_SLICES > 1  # no shared memory is left to change the output's layout but the query's
     program = gl.program_id(0)
     n = 0
     number = 0
@@ -292,7 +312,7 @@ def consume(WHO: gl.constexpr, rows, call, c, memory):
                     if tiles.begin < first:
                         for chunk in gl.static_range(c.K_CHUNKS):
                             memory.k_ring.wait_full((n + tiles.begin) * c.K_CHUNKS + chunk)
-                        release_keys(memory, n + tiles.begin, c)
+                            memory.k_ring.release((n + tiles.begin) * c.K_CHUNKS + chunk)
                 s = warpgroup_mma_wait(0, [start_scores(WHO, memory, n + first, S, c)])
                 release_keys(memory, n + first, c)
                 scale, v_scale = scales(first, tiles, rows, FIRST)
@@ -329,7 +349,8 @@ def consume(WHO: gl.constexpr, rows, call, c, memory):
                             WHO, memory, rows, o, m, l, p, n, gl.maximum(place.start_pool, first + 1), tiles.end,
                             tiles, place, item, call.window, temperature, POOL, NONE, S, O, P, c,
                         )  # fmt: skip
-                mbarrier.arrive(memory.q_empty.index(WHO), count=1)
+                if not STAGED:
+                    mbarrier.arrive(memory.q_empty.index(WHO), count=1)
                 n += tiles.end
                 memory.v_ring.wait_full(n - 1)
                 if c.HAS_POOL:
@@ -341,7 +362,11 @@ def consume(WHO: gl.constexpr, rows, call, c, memory):
             if c.SPLIT:
                 store_part(rows, call, item, tiles, row0, head, o, m, l, S, c)
             else:
-                store(rows, item, row0, head, o, m, l, S, c)
+                store(WHO, memory, rows, item, row0, head, o, m, l, S, STAGED, c)
+            if STAGED:
+                if (not c.SPLIT) or tiles.begin < tiles.end:
+                    fence_async_shared()
+                    mbarrier.arrive(memory.q_empty.index(WHO), count=1)
         turn += 1
         index = item_index(turn, program, gl.num_programs(0))
 
