@@ -16,7 +16,7 @@ pytestmark = [
 
 # (new tokens, prefix): around 64 and 128, a neighbour's poisoned rows behind every end
 UGLY = [(1, 129), (63, 64), (64, 63), (65, 0), (127, 1), (128, 128), (129, 500), (300, 65), (0, 70), (513, 1000), (0, 0)]
-DIMS = [(256, 256), (128, 128), (64, 64), (96, 96), (192, 128), (80, 80), (160, 64), (256, 128), (40, 24)]
+DIMS = [(256, 256), (128, 128), (64, 64), (96, 96), (192, 128), (512, 512), (80, 80), (160, 64), (256, 128), (40, 24)]
 
 
 def check(gqa: bool, **spec) -> None:
@@ -56,7 +56,7 @@ def test_groups(heads, gqa):
         dict(sinks=torch.float32),
         dict(logit_cap=20.0),
         dict(temperature_len=100),
-        dict(temperature_len=100, window=200, cut=[5, 0, 77, 3, 0, 1]),
+        dict(temperature_len=100, window=200, cut=[5, 0, 77, 3, 0, 1, 2, 0, 9, 1, 0]),
         dict(sm_scale=-0.1),
         dict(sm_scale=0.0),
         dict(k_scale=0.5, v_scale=2.0),
@@ -71,7 +71,20 @@ def test_features(spec, no_prefix, gqa):
 
 
 @pytest.mark.parametrize("gqa", [False, True])
-@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("batch, window", [(1, -1), (127, -1), (300, -1), (300, 50)])
+def test_many_sequences(batch, window, gqa):
+    """More sequences than the search for work items looks at in one step; empty ones among them."""
+    pick = torch.Generator().manual_seed(batch)
+    lengths = [tuple(pair) for pair in torch.randint(-20, 300, (batch, 2), generator=pick).clamp(min=0).tolist()]
+    check(gqa, dim=64, lengths=lengths, window=window)
+
+
+def test_fp32_output_of_sliced_values_is_not_rounded():
+    check(True, dim=512, out_dtype=torch.float32, heads=(4, 2))
+
+
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize("dim", [128, 256, 512])
 def test_repeats_are_bit_identical(dim, gqa):
     mode = GPU["hopper_tiled_gqa" if gqa else "hopper_tiled"]
     case = make_case(dtype=torch.bfloat16, device="cuda", lengths=UGLY, heads=(4, 2), dim=dim)

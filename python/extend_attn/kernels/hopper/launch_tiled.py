@@ -56,7 +56,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     )
     numbers = (
         *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.o),
-        problem.batch_size, row_blocks, plan.split_kv, items, *scalars(inputs),
+        problem.batch_size, row_blocks, plan.split_kv, *scalars(inputs),
     )  # fmt: skip
     tiled = kernel(
         tiled_kernel,

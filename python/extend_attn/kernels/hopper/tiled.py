@@ -22,7 +22,8 @@ from ..softmax import LN2, LOG2E
 from .gluon_compat import constexpr_function, struct
 from .ring import Ring, barriers
 from .tiled_producer import produce
-from .tiled_work import ROWS, Call, Shape, item_at, item_index, place_of, tiles_of
+from .tiled_schedule import FIELDS, MESSAGES, receive
+from .tiled_work import ROWS, Call, Shape, place_of, tiles_of
 
 # Where the key tiles of a loop lie, and which are masked.
 NEW, POOL, BOTH = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
@@ -61,13 +62,15 @@ class Rows:
 
 @struct
 class Memory:
-    """Shared memory: query tiles [2 * K_CHUNKS, 64, K_COLUMNS] with a barrier each way, the two rings."""
+    """Shared memory: query tiles [2 * K_CHUNKS, 64, K_COLUMNS] with a barrier each way, the two rings, and
+    the board on which the producer writes work items."""
 
     q_slots: gl.shared_memory_descriptor
     q_full: gl.shared_memory_descriptor
     q_empty: gl.shared_memory_descriptor
     k_ring: Ring
     v_ring: Ring
+    board: Ring
 
 
 @gluon.jit
@@ -284,95 +287,92 @@ def consume(WHO: gl.constexpr, rows, call, c, memory):
     ALL: gl.constexpr = BOTH if c.HAS_POOL else NEW
     FIRST: gl.constexpr = ALL if c.SPLIT else NEW
     STAGED: gl.constexpr = c.V_SLICES > 1  # no shared memory is left to change the output's layout but the query's
-    program = gl.program_id(0)
     n = 0
     number = 0
     turn = 0
-    index = program
-    while index < call.items:
-        item = item_at(index, call, c)
-        if item.first < item.extend_len:
-            tiles = tiles_of(item, call, c)
-            row0 = item.first
-            head = item.head_block * c.HEADS
-            if c.HEADS == 2:
-                head += WHO
+    item = receive(memory.board, turn, call, c)
+    while item.extend_len != 0:
+        tiles = tiles_of(item, call, c)
+        row0 = item.first
+        head = item.head_block * c.HEADS
+        if c.HEADS == 2:
+            head += WHO
+        else:
+            row0 += WHO * ROWS
+        m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+        l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
+        o = gl.zeros([ROWS, c.BLOCK_DV], gl.float32, O)
+        if (not c.SPLIT) or tiles.begin < tiles.end:
+            place = place_of(item, tiles, row0, call, c)
+            temperature = temperature_of(rows, item, row0, S, c)
+            n -= tiles.begin  # tile t lies in ring position n + t
+            first = place.begin
+            mbarrier.wait(memory.q_full.index(WHO), number & 1)
+            if CAN_SKIP:  # the other consumer's diagonal tile
+                if tiles.begin < first:
+                    for chunk in gl.static_range(c.K_CHUNKS):
+                        memory.k_ring.wait_full((n + tiles.begin) * c.K_CHUNKS + chunk)
+                        memory.k_ring.release((n + tiles.begin) * c.K_CHUNKS + chunk)
+            s = warpgroup_mma_wait(0, [start_scores(WHO, memory, n + first, S, c)])
+            release_keys(memory, n + first, c)
+            scale, v_scale = scales(first, tiles, rows, FIRST)
+            s = logits(s, scale, temperature, rows.logit_cap, True, c)
+            s = gl.where(edges(first, tiles, place, item, call.window, FIRST, S, c), s, float("-inf"))
+            w, alpha, m, l = weigh(s, m, l, scale, True, c)
+            if c.V_SCALED and c.SPLIT:
+                w = w * v_scale
+            p = gl.convert_layout(w.to(memory.q_slots.dtype), P)
+            if CAN_SKIP:
+                if tiles.begin < first:
+                    memory.v_ring.wait_full(n + tiles.begin)
+                    memory.v_ring.release(n + tiles.begin)
+            if c.WINDOW:
+                o, m, l, p = walk(
+                    WHO, memory, rows, o, m, l, p, n, first + 1, tiles.end, tiles, place, item, call.window,
+                    temperature, ALL, SOME, S, O, P, c,
+                )  # fmt: skip
             else:
-                row0 += WHO * ROWS
-            m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-            l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
-            o = gl.zeros([ROWS, c.BLOCK_DV], gl.float32, O)
-            if (not c.SPLIT) or tiles.begin < tiles.end:
-                place = place_of(item, tiles, row0, call, c)
-                temperature = temperature_of(rows, item, row0, S, c)
-                n -= tiles.begin  # tile t lies in ring position n + t
-                first = place.begin
-                mbarrier.wait(memory.q_full.index(WHO), number & 1)
-                if CAN_SKIP:  # the other consumer's diagonal tile
-                    if tiles.begin < first:
-                        for chunk in gl.static_range(c.K_CHUNKS):
-                            memory.k_ring.wait_full((n + tiles.begin) * c.K_CHUNKS + chunk)
-                            memory.k_ring.release((n + tiles.begin) * c.K_CHUNKS + chunk)
-                s = warpgroup_mma_wait(0, [start_scores(WHO, memory, n + first, S, c)])
-                release_keys(memory, n + first, c)
-                scale, v_scale = scales(first, tiles, rows, FIRST)
-                s = logits(s, scale, temperature, rows.logit_cap, True, c)
-                s = gl.where(edges(first, tiles, place, item, call.window, FIRST, S, c), s, float("-inf"))
-                w, alpha, m, l = weigh(s, m, l, scale, True, c)
-                if c.V_SCALED and c.SPLIT:
-                    w = w * v_scale
-                p = gl.convert_layout(w.to(memory.q_slots.dtype), P)
-                if CAN_SKIP:
-                    if tiles.begin < first:
-                        memory.v_ring.wait_full(n + tiles.begin)
-                        memory.v_ring.release(n + tiles.begin)
-                if c.WINDOW:
-                    o, m, l, p = walk(
-                        WHO, memory, rows, o, m, l, p, n, first + 1, tiles.end, tiles, place, item, call.window,
-                        temperature, ALL, SOME, S, O, P, c,
-                    )  # fmt: skip
-                else:
-                    stop_new = tiles.end
-                    if c.HAS_POOL:
-                        stop_new = gl.minimum(tiles.new_tiles, tiles.end)
-                    o, m, l, p = walk(
-                        WHO, memory, rows, o, m, l, p, n, first + 1, stop_new, tiles, place, item, call.window,
-                        temperature, NEW, NONE, S, O, P, c,
-                    )  # fmt: skip
-                    if c.HAS_POOL:
-                        o, m, l, p = walk(
-                            WHO, memory, rows, o, m, l, p, n, gl.maximum(tiles.new_tiles, first + 1),
-                            gl.minimum(place.start_pool, tiles.end), tiles, place, item, call.window, temperature,
-                            POOL, END, S, O, P, c,
-                        )  # fmt: skip
-                        o, m, l, p = walk(
-                            WHO, memory, rows, o, m, l, p, n, gl.maximum(place.start_pool, first + 1), tiles.end,
-                            tiles, place, item, call.window, temperature, POOL, NONE, S, O, P, c,
-                        )  # fmt: skip
-                if not STAGED:
-                    mbarrier.arrive(memory.q_empty.index(WHO), count=1)
-                n += tiles.end
-                memory.v_ring.wait_full(n - 1)
+                stop_new = tiles.end
                 if c.HAS_POOL:
-                    fence_async_shared()
-                o_acc = warpgroup_mma(p, memory.v_ring.slot(n - 1), o, is_async=True)
-                o, used = warpgroup_mma_wait(0, [o_acc, p])
-                memory.v_ring.release(n - 1)
-                number += 1
-            if c.SPLIT:
-                store_part(rows, call, item, tiles, row0, head, o, m, l, S, c)
-            else:
-                store(WHO, memory, rows, item, row0, head, o, m, l, S, STAGED, c)
-            if STAGED:
-                if (not c.SPLIT) or tiles.begin < tiles.end:
-                    fence_async_shared()
-                    mbarrier.arrive(memory.q_empty.index(WHO), count=1)
+                    stop_new = gl.minimum(tiles.new_tiles, tiles.end)
+                o, m, l, p = walk(
+                    WHO, memory, rows, o, m, l, p, n, first + 1, stop_new, tiles, place, item, call.window,
+                    temperature, NEW, NONE, S, O, P, c,
+                )  # fmt: skip
+                if c.HAS_POOL:
+                    o, m, l, p = walk(
+                        WHO, memory, rows, o, m, l, p, n, gl.maximum(tiles.new_tiles, first + 1),
+                        gl.minimum(place.start_pool, tiles.end), tiles, place, item, call.window, temperature,
+                        POOL, END, S, O, P, c,
+                    )  # fmt: skip
+                    o, m, l, p = walk(
+                        WHO, memory, rows, o, m, l, p, n, gl.maximum(place.start_pool, first + 1), tiles.end,
+                        tiles, place, item, call.window, temperature, POOL, NONE, S, O, P, c,
+                    )  # fmt: skip
+            if not STAGED:
+                mbarrier.arrive(memory.q_empty.index(WHO), count=1)
+            n += tiles.end
+            memory.v_ring.wait_full(n - 1)
+            if c.HAS_POOL:
+                fence_async_shared()
+            o_acc = warpgroup_mma(p, memory.v_ring.slot(n - 1), o, is_async=True)
+            o, used = warpgroup_mma_wait(0, [o_acc, p])
+            memory.v_ring.release(n - 1)
+            number += 1
+        if c.SPLIT:
+            store_part(rows, call, item, tiles, row0, head, o, m, l, S, c)
+        else:
+            store(WHO, memory, rows, item, row0, head, o, m, l, S, STAGED, c)
+        if STAGED:
+            if (not c.SPLIT) or tiles.begin < tiles.end:
+                fence_async_shared()
+                mbarrier.arrive(memory.q_empty.index(WHO), count=1)
         turn += 1
-        index = item_index(turn, program, gl.num_programs(0))
+        item = receive(memory.board, turn, call, c)
 
 
 UNSPECIALIZED = [
-    "batch_size", "row_blocks", "splits", "items", "window", "new_scale", "pool_scale", "v_scale", "logit_cap",
+    "batch_size", "row_blocks", "splits", "window", "new_scale", "pool_scale", "v_scale", "logit_cap",
     "temperature_len", "log2_temperature_len", "stride_ks", "stride_kg", "stride_vs", "stride_vg", "stride_ot",
     "stride_oh",
 ]  # fmt: skip
@@ -383,7 +383,7 @@ UNALIGNED = ["qo_indptr", "kv_indptr", "kv_indices", "sinks", "window_offsets", 
 def tiled_kernel(
     q_desc, k_desc, v_desc, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices, sinks, window_offsets,
     q_positions, partial, partial_ml, stride_ks, stride_kg, stride_vs, stride_vg, stride_ot, stride_oh, batch_size, row_blocks, splits,
-    items, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len, log2_temperature_len,
+    window, new_scale, pool_scale, v_scale, logit_cap, temperature_len, log2_temperature_len,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr, K_CHUNKS: gl.constexpr,
     BLOCK_DV: gl.constexpr, V_SLICES: gl.constexpr, HAS_POOL: gl.constexpr, CAUSAL: gl.constexpr,
@@ -401,7 +401,6 @@ def tiled_kernel(
     )  # fmt: skip
     call = Call(
         qo_indptr, kv_indptr, gl.to_tensor(batch_size), gl.to_tensor(row_blocks), gl.to_tensor(splits),
-        gl.to_tensor(items),
         gl.to_tensor(window),
     )  # fmt: skip
     rows = Rows(
@@ -426,6 +425,10 @@ def tiled_kernel(
             gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, BLOCK_DV], V_LAYOUT),
             barriers(V_STAGES, ARRIVALS), barriers(V_STAGES, 2), V_STAGES,
         ),
+        Ring(
+            gl.allocate_shared_memory(gl.int32, [MESSAGES * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+            barriers(MESSAGES, 1), barriers(MESSAGES, 2), MESSAGES,
+        ),
     )  # fmt: skip
     fence_async_shared()
     gl.warp_specialize(
@@ -437,7 +440,7 @@ def tiled_kernel(
                 (
                     q_desc, k_desc, v_desc, k_pool, v_pool, kv_indices, gl.to_tensor(stride_ks), gl.to_tensor(stride_kg),
                     gl.to_tensor(stride_vs), gl.to_tensor(stride_vg), call, c, memory.q_slots, memory.q_full,
-                    memory.q_empty, memory.k_ring, memory.v_ring, ARRIVALS,
+                    memory.q_empty, memory.k_ring, memory.v_ring, memory.board, ARRIVALS,
                 ),
             ),
         ],

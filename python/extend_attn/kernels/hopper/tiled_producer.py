@@ -14,7 +14,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .gluon_compat import gather_load, tma_load
-from .tiled_work import ROWS, item_at, item_index, tiles_of
+from .tiled_schedule import count_blocks, find_item, item_index, publish
+from .tiled_work import ROWS, tiles_of
 
 RAGGED: gl.constexpr = gl.constexpr(1 << 30)  # rows of a ragged descriptor's last-but-two dimension
 
@@ -104,24 +105,28 @@ def slots_of(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
     """Pool slots of prefix tile t's keys; keys that the item does not see repeat one that it does."""
     key = (tiles.pool_hi - 1 - (t - tiles.new_tiles)) * c.BLOCK_N + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
     key = gl.maximum(gl.minimum(key, item.prefix_len - 1), tiles.pool_first)
-    return gl.load(kv_indices + item.kv_start + key).to(gl.int32)  # half the registers
+    return gl.load(kv_indices + key).to(gl.int32)  # half the registers
 
 
 @gluon.jit
 def produce(
     q_desc, k_desc, v_desc, k_pool, v_pool, kv_indices, stride_ks, stride_kg, stride_vs, stride_vg, call, c,
-    q_slots, q_full, q_empty, k_ring, v_ring, ARRIVALS: gl.constexpr,
+    q_slots, q_full, q_empty, k_ring, v_ring, board, ARRIVALS: gl.constexpr,
 ):  # fmt: skip
     """K of tile t + 1 goes before V of tile t: that is the order in which consumers ask for them."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     program = gl.program_id(0)
+    total = count_blocks(call, c)
     n = 0
     number = 0
     turn = 0
-    index = program
-    while index < call.items:
-        item = item_at(index, call, c)
-        if item.first < item.extend_len:
+    working = total * 0 + 1
+    while working != 0:
+        item, rest, kv_start = find_item(item_index(turn, program, gl.num_programs(0)), total, call, c)
+        publish(board, item, rest, turn)
+        turn += 1
+        working = item.extend_len
+        if working != 0:
             tiles = tiles_of(item, call, c)
             if tiles.begin < tiles.end:
                 head = item.head_block * c.HEADS // c.GROUP
@@ -134,7 +139,7 @@ def produce(
                         if t < tiles.new_tiles:
                             load_keys(k_desc, item, tiles.new_hi - 1 - t, head, k_ring, n, ARRIVALS, c)
                         elif c.HAS_POOL:
-                            following = slots_of(kv_indices, item, tiles, t, LAYOUT, c)
+                            following = slots_of(kv_indices + kv_start, item, tiles, t, LAYOUT, c)
                             gather_keys(k_base, following, stride_ks, k_ring, n, LAYOUT, c)
                     if t == tiles.begin:
                         load_query(q_desc, item, q_slots, q_full, q_empty, number, c)
@@ -146,5 +151,3 @@ def produce(
                     n += 1
                 n -= 1
                 number += 1
-        turn += 1
-        index = item_index(turn, program, gl.num_programs(0))

@@ -1,4 +1,4 @@
-"""What the tiled Hopper kernel works on: its compile-time shape, a call's scalars, work items, and their key tiles."""
+"""What the tiled Hopper kernel works on: its compile-time shape, a call's scalars, work items and their key tiles."""
 
 # No `from __future__ import annotations`: an aggregate's fields are checked against the annotations themselves.
 
@@ -57,14 +57,14 @@ class Call:
     batch_size: gl.tensor
     row_blocks: gl.tensor
     splits: gl.tensor
-    items: gl.tensor
     window: gl.tensor
 
 
 @struct
 class Item:
-    """TOKENS tokens of a sequence from ``first`` on, for one block of heads; nothing to do if ``first`` >=
-    ``extend_len``. ``q_start`` and ``kv_start`` are where the sequence's rows and prefix slots start.
+    """Tokens ``first``.. of a sequence (TOKENS of them, its block ``block``) for one block of heads.
+
+    ``q_start`` is where the sequence's rows start. An item of a sequence without tokens says that there are no more.
     """
 
     sequence: gl.tensor
@@ -72,7 +72,6 @@ class Item:
     first: gl.tensor
     q_start: gl.tensor
     extend_len: gl.tensor
-    kv_start: gl.tensor
     prefix_len: gl.tensor
     head_block: gl.tensor
     v_slice: gl.tensor
@@ -108,35 +107,6 @@ class Place:
     stop_new: gl.tensor
     start_pool: gl.tensor
     stop_pool: gl.tensor
-
-
-@gluon.jit
-def item_index(turn, program, programs):
-    """The ``turn``-th item of a program. Items are in order of falling cost; odd rounds run backwards to even it out."""
-    return gl.where(turn % 2 == 0, turn * programs + program, (turn + 1) * programs - 1 - program)
-
-
-@gluon.jit
-def item_at(index, call, c):
-    """Item ``index``: the last block of rows of every sequence first, since under a causal mask it has most keys."""
-    v_slice = index % c.V_SLICES
-    index = index // c.V_SLICES
-    split = gl.to_tensor(0)
-    if c.SPLIT:
-        split = index % call.splits
-        index = index // call.splits
-    head_block = index % c.HEAD_BLOCKS
-    index = index // c.HEAD_BLOCKS
-    b = index % call.batch_size
-    block = call.row_blocks - 1 - index // call.batch_size
-    q_start = gl.load(call.qo_indptr + b).to(gl.int32)
-    extend_len = gl.load(call.qo_indptr + b + 1).to(gl.int32) - q_start
-    kv_start = gl.to_tensor(0).to(gl.int64)
-    prefix_len = gl.to_tensor(0)
-    if c.HAS_POOL:
-        kv_start = gl.load(call.kv_indptr + b).to(gl.int64)
-        prefix_len = (gl.load(call.kv_indptr + b + 1).to(gl.int64) - kv_start).to(gl.int32)
-    return Item(b, block, block * c.TOKENS, q_start, extend_len, kv_start, prefix_len, head_block, v_slice, split)
 
 
 @gluon.jit
