@@ -65,10 +65,12 @@ def combine_after(
     plan: Plan, inputs: Inputs, problem: Problem, block_dv: int, tiles: int, row_blocks: int, pdl: bool,
     shape: Optional[Tuple[int, int]] = None,
 ) -> Tuple[Kernel, Tuple[int, int]]:  # fmt: skip
-    """The combine kernel after ``plan.split_kv`` splits of so many tiles, and the elements of its two workspaces: the
-    splits' results, their maxima and sums. ``shape``: rows of a tile and rows a token (None: a packed tile's)."""
+    """The combine kernel after ``plan.split_kv`` splits of so many tiles, or after ``plan.programs`` even shares of
+    them all, and the elements of its two workspaces: the parts' results, their maxima and sums. ``shape``: rows of a
+    tile and rows a token (None: a packed tile's)."""
     block_m, rows = shape or (plan.tile.block_m, problem.group)
     splits = plan.split_kv
+    most = splits if plan.programs == 0 else plan.programs
     constants = dict(
         NUM_HEADS=problem.num_q_heads,
         HEAD_DIM_V=problem.head_dim_v,
@@ -77,8 +79,9 @@ def combine_after(
         LSE=problem.return_lse,
         BLOCK_M=block_m,
         ROWS=rows,
-        CHUNK=max(2, min(triton.next_power_of_2(splits), 4096 // block_dv)),
+        CHUNK=max(2, min(triton.next_power_of_2(most), 4096 // block_dv)),
         PDL=pdl,
+        EVEN=plan.programs > 0,
     )
     combine = kernel(
         combine_kernel,
@@ -88,7 +91,7 @@ def combine_after(
         num_warps=4,
         **launch_options(pdl),
     )
-    slots = tiles * splits * block_m
+    slots = (2 * plan.programs or tiles * splits) * block_m
     return combine, (slots * block_dv, slots * 2)
 
 
@@ -106,7 +109,7 @@ def _tensors(boxes: Boxes, inputs: Inputs) -> Tuple[List[object], ...]:
 
 def _tensors_of_splits(boxes: Boxes, sizes: Tuple[int, int], inputs: Inputs) -> Tuple[List[object], ...]:
     partial, partial_ml = workspaces(sizes, inputs.q.device)
-    combine = [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, partial, partial_ml]
+    combine = [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, partial, partial_ml, None]
     return _extend_tensors(inputs, boxes, partial, partial_ml), combine
 
 

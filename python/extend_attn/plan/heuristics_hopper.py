@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Optional
 
-from ..problem import Problem
+from ..problem import ELEMENT_SIZE, Problem, bucket
 from .device import DeviceSpec
-from .tile import Plan, Tile
+from .legality_hopper import HELD_MAX, PACKED_ROWS_MAX, hopper_shared_memory, packed_blocks, packed_held
+from .tile import BLOCK_M_MIN, STAGES_MAX, Plan, Tile
+
+PACKED_BLOCK_N = 64
+RING_BYTES = 96 * 1024  # three tiles of 64 keys at head dim 256; more in flight gains nothing
+STAGES_MIN = 3
+FULL_WAVE = 0.9  # of the multiprocessors: one split
+MIN_SPLIT_KEYS = 256  # a shorter share costs more in the merge than it saves
+SPLIT_MAX = 64
 
 
 def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan]:
@@ -15,12 +23,38 @@ def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan
 
 
 def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
-    """Rows: new tokens times the heads of a group."""
-    return Plan("hopper_packed", Tile(16, 64, 4, 3), source="heuristic")
+    """Rows: new tokens times the heads of a group, in one tile as long as registers hold it."""
+    block_d, _ = packed_blocks(problem)
+    tile = Tile(min(max(BLOCK_M_MIN, bucket(problem.rows)), PACKED_ROWS_MAX), PACKED_BLOCK_N, 4, 2)
+    if packed_held(problem, tile) > HELD_MAX:
+        tile = tile.merged({"num_warps": 8})
+    slot = tile.block_n * block_d * ELEMENT_SIZE[problem.dtype]
+    stages = min(max(STAGES_MIN, RING_BYTES // slot), STAGES_MAX)
+    while stages > 2 and _too_large(problem, tile, stages, device):
+        stages -= 1
+    split_kv = packed_splits(problem, device, tile.block_m)
+    return Plan("hopper_packed", tile.merged({"num_stages": stages}), split_kv=split_kv, pdl=True, source="heuristic")
+
+
+def _too_large(problem: Problem, tile: Tile, stages: int, device: DeviceSpec) -> bool:
+    plan = Plan("hopper_packed", tile.merged({"num_stages": stages}))
+    return hopper_shared_memory(problem, plan) > device.shared_memory
+
+
+def packed_splits(problem: Problem, device: DeviceSpec, block_m: int) -> int:
+    """Programs that share one sequence's keys: one where the pairs of sequence and KV head fill the GPU."""
+    programs = max(problem.batch_size, 1) * problem.num_kv_heads * -(-max(problem.rows, 1) // block_m)
+    if programs >= FULL_WAVE * device.sm_count:
+        return 1
+    keys = problem.num_kv_indices  # one sequence may own them all
+    if problem.prefix_bound is not None:
+        keys = min(keys, problem.prefix_bound)
+    return max(1, min(device.sm_count // programs, SPLIT_MAX, keys // MIN_SPLIT_KEYS))
 
 
 def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
-    """128 keys a tile where the registers hold their logits beside the accumulator; two heads a program if they pair."""
-    block_n = 128 if problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 else 64
-    num_stages = 2 if problem.head_dim_qk <= 256 else 1
-    return Plan("hopper_tiled", Tile(128, block_n, 8, num_stages), pack_gqa=problem.group % 2 == 0, source="heuristic")
+    """128 keys a tile where registers hold their logits beside the accumulator; two heads a program if they pair."""
+    tile = Tile(128, 128 if problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 else 64, 8, 2)
+    if problem.head_dim_qk > 256:
+        tile = tile.merged({"num_stages": 1})  # a tile in two query tiles' shadow is all that fits
+    return Plan("hopper_tiled", tile, pack_gqa=problem.group % 2 == 0, source="heuristic")

@@ -7,27 +7,32 @@ from typing import Callable, Dict, Optional, Tuple
 from ..problem import ELEMENT_SIZE, Problem
 from .blocks import next_power_of_2
 from .device import DeviceSpec
-from .tile import Plan
+from .legality_hopper_tiled import tiled_illegal, tiled_shared_memory
+from .tile import Plan, Tile
 
 GLUON_TRITON = (3, 6)  # the first whose Gluon has warp specialisation with registers for each partition
 CAPABILITY = (9, 0)  # warpgroup products are this architecture's alone
 ALIGNMENT = 16  # bytes of one asynchronous copy, and so of base pointers and strides
 COLUMNS = 8  # elements of one asynchronous copy: head dims are multiples
 SWIZZLE = 64  # 16-bit columns of the widest swizzle; narrower blocks are padded to it
+PACKED_ROWS_MAX = 64
+# Registers of accumulator, logits, weights and sums that leave a consumer enough for the rest: of 160, of 200 to 240.
+HELD_OF_TWO, HELD_MAX = 80, 176
 BARRIERS = 1024  # bytes: mbarriers and what warp specialisation keeps in shared memory
 
 
-def hopper_blocks(head_dim_qk: int, head_dim_v: int) -> Tuple[int, int, int]:
-    """(BLOCK_D, BLOCK_PE, BLOCK_DV): the key's head dim as one block or as two where that wastes less, the value's.
+def packed_blocks(problem: Problem) -> Tuple[int, int]:
+    """(BLOCK_D, BLOCK_PE): columns of a slot of the ring, which holds K or V, and of the rest of K beside it.
 
-    192 is 128 + 64, 576 is 512 + 64; 96 is padded to 128. Padding costs shared memory, not traffic.
+    192/128 is 128 and 64, 576/512 is 512 and 64; otherwise one block holds either. Padding costs shared memory, not
+    traffic.
     """
-    whole = max(SWIZZLE, next_power_of_2(head_dim_qk))
-    half = whole // 2
-    rest = max(SWIZZLE, next_power_of_2(head_dim_qk - half))
-    split = half >= SWIZZLE and half < head_dim_qk and half + rest < whole
-    block_dv = max(SWIZZLE, next_power_of_2(head_dim_v))
-    return (half, rest, block_dv) if split else (whole, 0, block_dv)
+    block_dv = max(SWIZZLE, next_power_of_2(problem.head_dim_v))
+    whole = max(SWIZZLE, next_power_of_2(problem.head_dim_qk))
+    rest = max(SWIZZLE, next_power_of_2(problem.head_dim_qk - whole // 2))
+    if SWIZZLE <= whole // 2 < problem.head_dim_qk and rest < whole // 2 and block_dv <= whole // 2:
+        return whole // 2, rest
+    return max(whole, block_dv), 0
 
 
 def hopper_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
@@ -60,87 +65,72 @@ def _no_gluon(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]
     return None
 
 
-def _packed_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
-    return "hopper_packed: not in this version"
+def v_is_k(problem: Problem) -> bool:
+    """Whether every V row lies in its K row, so that one read serves both (absorbed MLA)."""
+    pool = problem.v_aliases_k_pool or not problem.has_pool
+    return pool and (problem.unified or problem.v_aliases_k_new)
 
 
-def _packed_shared_memory(problem: Problem, plan: Plan) -> int:
-    block_d, block_pe, block_dv = hopper_blocks(problem.head_dim_qk, problem.head_dim_v)
-    size = ELEMENT_SIZE[problem.dtype]
-    rows = plan.tile.block_m * (block_d + block_pe + plan.tile.block_n)
-    ring = plan.tile.num_stages * plan.tile.block_n * max(block_d + block_pe, block_dv)
-    return (rows + ring) * size + BARRIERS
+def is_fp8(problem: Problem) -> bool:
+    """Whether pool rows are converted on their way."""
+    return problem.has_pool and problem.kv_dtype != problem.dtype
 
 
-ROWS = 64  # of a consumer of the tiled family; a program has two
+def packed_registers(problem: Problem, plan: Plan) -> Tuple[int, int]:
+    """(registers a thread that the launch reserves, those that a producer keeps); consumers share the rest.
 
-
-def tiled_blocks(problem: Problem) -> Tuple[int, int, int, int]:
-    """(columns of a slot of keys, such slots a key, columns of a slot of values, such slots a value): the tiled family's.
-
-    Narrower heads are padded with zeros on their way into shared memory. (0, 0, 0, 0) where there is no kernel.
+    One warpgroup of consumers and one of producers get 160 and 96, which leaves room for two programs a
+    multiprocessor. Many rows, or a group of producers for each of K and V, take what one program can have.
     """
-    dim, dim_v = problem.head_dim_qk, problem.head_dim_v
-    keys = next((found for most, found in TILED_KEYS if dim <= most), None)
-    values = next((found for most, found in TILED_VALUES if dim_v <= most), None)
-    if keys is None or values is None:
-        return 0, 0, 0, 0
-    return (*keys, *values)
+    if is_fp8(problem):
+        return 168, 128
+    return (168, 96) if packed_held(problem, plan.tile) > HELD_OF_TWO or plan.tile.num_warps > 4 else (128, 96)
 
 
-TILED_KEYS = ((64, (64, 1)), (128, (128, 1)), (192, (64, 3)), (256, (256, 1)), (512, (128, 4)))
-TILED_VALUES = ((64, (64, 1)), (128, (128, 1)), (256, (256, 1)), (512, (256, 2)))
-TILED_WARPS = 8  # two consumers of a warpgroup each
-RING_MAX_LEN = (1 << 30) - 1  # rows that a ragged descriptor can address
+def packed_held(problem: Problem, tile: Tile) -> int:
+    """Registers of a consumer's thread that hold accumulator, logits, weights and sums."""
+    return tile.block_m * (packed_blocks(problem)[0] + 3 * tile.block_n) // (tile.num_warps * 32)
 
 
-def _tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
+def _packed_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
     tile = plan.tile
-    if (tile.block_m, tile.num_warps) != (2 * ROWS, TILED_WARPS):
-        return f"tile: {tile}; a program has two consumers of {ROWS} rows and 4 warps: block_m 128, num_warps 8"
-    if tile.block_n < ROWS or tile.block_n > 128:
-        return f"block_n: {tile.block_n}; allowed are 64 and 128"
-    if plan.split_kv > 1 and problem.sliding_window > 0:
-        return f"split_kv: {plan.split_kv}; under a window a row may see no key of a split"
-    if plan.pack_gqa and problem.group % 2:
-        return f"pack_gqa: two heads share their keys, and {problem.group} heads a KV head are odd"
-    columns, chunks, block_dv, slices = tiled_blocks(problem)
-    if columns == 0:
-        return f"head dims {problem.head_dim_qk}/{problem.head_dim_v}: keys and values of up to 512 columns have a kernel"
-    registers = tile.block_n * 3 // 4 + block_dv // 2  # logits, weights in 16 bit, accumulator
-    if registers > TILED_REGISTERS:
-        return f"registers: {registers} a thread for logits, weights and accumulator; {TILED_REGISTERS} leave room"
-    for asked, reason in (
-        (problem.unified, "a unified call has no contiguous new K/V, which come through TMA"),
-        (problem.custom_mask, "custom_mask: a value that no row sees can't be kept from the tensor cores"),
-        (problem.kv_dtype != problem.dtype, f"a {problem.kv_dtype} pool is not copied as it is"),
-        (problem.q_positions and problem.sliding_window > 0, "q_positions: the window is taken in rows"),
-        (problem.num_tokens > RING_MAX_LEN, f"num_tokens: a descriptor addresses {RING_MAX_LEN} rows"),
-    ):
-        if asked:
-            return f"hopper_tiled: {reason}"
-    needed = _tiled_shared_memory(problem, plan)
+    if plan.pack_gqa:
+        return "pack_gqa: a flag of the tiled families; the packed ones always pack"
+    if plan.programs and plan.split_kv > 1:
+        return f"programs: {plan.programs} beside split_kv {plan.split_kv}; keys are shared in one way or the other"
+    if plan.programs and problem.sliding_window > 0:
+        return f"programs: {plan.programs}; a window makes lengths alike, and even shares count whole lists"
+    if tile.num_warps not in (4, 8):
+        return f"num_warps: {tile.num_warps}; the consumers are one or two warpgroups, 4 or 8"
+    if tile.block_n not in (64, 128):
+        return f"block_n: {tile.block_n}; a warpgroup product is 64 keys high, so 64 or 128"
+    if tile.block_m < 2 * tile.num_warps or tile.block_m > PACKED_ROWS_MAX:
+        return f"block_m: {tile.block_m}; with {tile.num_warps} warps {2 * tile.num_warps} to {PACKED_ROWS_MAX}"
+    if tile.num_stages < 2:
+        return "num_stages: 1; K and V take a slot of the ring each"
+    registers = packed_held(problem, tile)
+    if registers > HELD_MAX:
+        return f"registers: {registers} a thread for accumulator, logits and sums; there are {HELD_MAX} to hold them"
+    needed = _packed_shared_memory(problem, plan)
     if needed > device.shared_memory:
-        return f"shared memory: {needed} bytes; a block on {device.arch} has {device.shared_memory}"
+        return f"shared memory: about {needed} bytes; a block on {device.arch} has {device.shared_memory}"
     return None
 
 
-TILED_REGISTERS = 176  # of 240: 64 keys at 256 columns; 128 there spill
-
-
-def _tiled_shared_memory(problem: Problem, plan: Plan) -> int:
-    columns, chunks, block_dv, slices = tiled_blocks(problem)
-    keys = columns * chunks
-    rows = 2 * ROWS * keys + plan.tile.num_stages * plan.tile.block_n * (keys + block_dv)
-    # the output changes its layout on its way out; where value columns are sliced it does so in the query's place
-    return rows * ELEMENT_SIZE[problem.dtype] + BARRIERS + (4096 if slices == 1 else 0)
+def _packed_shared_memory(problem: Problem, plan: Plan) -> int:
+    tile = plan.tile
+    block_d, block_pe = packed_blocks(problem)
+    pe_stages = tile.num_stages if v_is_k(problem) else (tile.num_stages + 1) // 2
+    query = tile.block_m * (block_d + block_pe + tile.block_n)
+    ring = tile.block_n * (tile.num_stages * block_d + pe_stages * block_pe)
+    return (query + ring) * ELEMENT_SIZE[problem.dtype] + BARRIERS
 
 
 _ILLEGAL: Dict[str, Callable[[Problem, Plan, DeviceSpec], Optional[str]]] = {
     "hopper_packed": _packed_illegal,
-    "hopper_tiled": _tiled_illegal,
+    "hopper_tiled": tiled_illegal,
 }
 _SHARED_MEMORY: Dict[str, Callable[[Problem, Plan], int]] = {
     "hopper_packed": _packed_shared_memory,
-    "hopper_tiled": _tiled_shared_memory,
+    "hopper_tiled": tiled_shared_memory,
 }

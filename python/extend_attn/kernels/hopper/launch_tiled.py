@@ -10,7 +10,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...inputs import Inputs
-from ...plan.legality_hopper import ROWS, tiled_blocks
+from ...plan.legality_hopper_tiled import ROWS, tiled_blocks
 from ...plan.tile import Plan
 from ...problem import Problem
 from ..launch_plain import combine_after, workspaces
