@@ -15,8 +15,13 @@ pytestmark = [
 ]
 
 # (new tokens, prefix): around 64 and 128, a neighbour's poisoned rows behind every end
-UGLY = [(1, 129), (63, 64), (64, 63), (65, 0), (127, 1), (128, 128), (129, 500), (300, 65), (0, 70), (513, 1000), (0, 0)]
-DIMS = [(256, 256), (128, 128), (64, 64), (96, 96), (192, 128), (512, 512), (80, 80), (160, 64), (256, 128), (40, 24)]
+UGLY = [
+    (1, 129), (63, 64), (64, 63), (65, 0), (127, 1), (128, 128), (129, 500), (300, 65), (0, 70), (513, 1000), (0, 0),
+]  # fmt: skip
+DIMS = [
+    *((dim, dim) for dim in (64, 80, 96, 128, 256, 384, 512)),
+    (192, 128), (160, 64), (256, 128), (40, 24),
+]  # fmt: skip
 
 
 def check(gqa: bool, **spec) -> None:
@@ -101,7 +106,9 @@ def test_tiles(tile):
 @pytest.mark.parametrize("gqa", [False, True])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("splits", [2, 5])
-@pytest.mark.parametrize("spec", [dict(), dict(sinks=torch.float32, k_scale=0.5, v_scale=2.0), dict(causal=False)], ids=str)
+@pytest.mark.parametrize(
+    "spec", [dict(), dict(sinks=torch.float32, k_scale=0.5, v_scale=2.0), dict(causal=False)], ids=str
+)
 def test_splits(spec, splits, dim, gqa):
     lengths = [(1, 129), (65, 700), (0, 70), (129, 0), (700, 1), (300, 1500)]
     case = make_case(dtype=torch.bfloat16, device="cuda", lengths=lengths, heads=(4, 2), dim=dim, **spec)

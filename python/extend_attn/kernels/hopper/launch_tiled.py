@@ -45,14 +45,14 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         K_CHUNKS=chunks,
         BLOCK_DV=block_dv,
         V_SLICES=slices,
-        **{name: on[name] for name in _FEATURES},
-        NEGATE=inputs.sm_scale < 0,
         K_STAGES=plan.tile.num_stages * chunks,
         V_STAGES=plan.tile.num_stages,
+        SPLIT=plan.split_kv > 1,
+        **{name: on[name] for name in _FEATURES},
+        NEGATE=inputs.sm_scale < 0,
         CONSUMER_REGISTERS=registers[0],
         PRODUCER_REGISTERS=registers[1],
         PRODUCER_WARPS=4 if gather else 1,
-        SPLIT=plan.split_kv > 1,
     )
     numbers = (
         *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.o),

@@ -1,8 +1,8 @@
 """Which work items there are, and who does which: the producer finds them and tells the consumers.
 
-Items are in order of falling cost over the whole batch. An item's *level* is the number of blocks of keys that it sees;
-the sequence's last block of rows has the highest. Program p of P takes items p, 2P - 1 - p, 2P + p, ...: rounds run to and
-fro, which evens out what the programs get. Lengths are read on the device, so a graph may change them.
+Items are in order of falling cost over the whole batch. An item's *level* is the number of blocks of keys that it
+sees; the sequence's last block of rows has the highest. Program p of P takes items p, 2P - 1 - p, 2P + p, ...: rounds
+run to and fro, which evens out what the programs get. Lengths are read on the device, so a graph may change them.
 """
 
 # Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.

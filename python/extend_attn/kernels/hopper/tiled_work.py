@@ -1,4 +1,4 @@
-"""What the tiled Hopper kernel works on: its compile-time shape, a call's scalars, work items and their key tiles."""
+"""What the tiled Hopper kernel works on: a call, its compile-time shape, work items and their key tiles."""
 
 # No `from __future__ import annotations`: an aggregate's fields are checked against the annotations themselves.
 
@@ -6,8 +6,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .gluon_compat import struct
+from .ring import Ring
 
 ROWS: gl.constexpr = gl.constexpr(64)  # query rows of a consumer: one warpgroup product is that high
+MIN_SPLIT_TILES: gl.constexpr = gl.constexpr(4)  # key tiles from which a split is worth its partial result
 
 
 @struct
@@ -16,12 +18,14 @@ class Shape:
 
     HEADS 2: the two consumers take two query heads of one KV head over the same 64 tokens; 1: two blocks of 64 tokens
     of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns. SPLIT:
-    items that share a block's keys.
+    items that share a block's keys. S, O, P: the layouts of a consumer's logits, accumulator, weights.
     """
 
     NUM_HEADS: gl.constexpr
     GROUP: gl.constexpr
     HEADS: gl.constexpr
+    HEAD_BLOCKS: gl.constexpr
+    TOKENS: gl.constexpr
     HEAD_DIM: gl.constexpr
     HEAD_DIM_V: gl.constexpr
     BLOCK_N: gl.constexpr
@@ -29,6 +33,7 @@ class Shape:
     K_CHUNKS: gl.constexpr
     BLOCK_DV: gl.constexpr
     V_SLICES: gl.constexpr
+    SPLIT: gl.constexpr
     HAS_POOL: gl.constexpr
     CAUSAL: gl.constexpr
     WINDOW: gl.constexpr
@@ -36,28 +41,54 @@ class Shape:
     CAP: gl.constexpr
     TEMPERATURE: gl.constexpr
     Q_POSITIONS: gl.constexpr
+    OFFSETS: gl.constexpr
     LSE: gl.constexpr
     V_SCALED: gl.constexpr
     NEGATE: gl.constexpr
-    SPLIT: gl.constexpr
-    TOKENS: gl.constexpr
-    HEAD_BLOCKS: gl.constexpr
-
-
-# A split is worth its partial result from about this many key tiles on.
-MIN_SPLIT_TILES: gl.constexpr = gl.constexpr(4)
+    S: gl.constexpr
+    O: gl.constexpr
+    P: gl.constexpr
 
 
 @struct
 class Call:
-    """A call's index arrays and scalars, which every warp reads."""
+    """A call's arrays and numbers as in ``Inputs`` and recipe.scalars; ``row_blocks`` of TOKENS tokens a sequence at
+    most. The workspaces of splits are laid out as kernels/combine.py reads them."""
 
+    o: gl.tensor
+    lse: gl.tensor
+    partial: gl.tensor
+    partial_ml: gl.tensor
     qo_indptr: gl.tensor
     kv_indptr: gl.tensor
+    sinks: gl.tensor
+    window_offsets: gl.tensor
+    q_positions: gl.tensor
+    stride_ot: gl.tensor
+    stride_oh: gl.tensor
     batch_size: gl.tensor
     row_blocks: gl.tensor
     splits: gl.tensor
     window: gl.tensor
+    new_scale: gl.tensor
+    pool_scale: gl.tensor
+    v_scale: gl.tensor
+    logit_cap: gl.tensor
+    temperature_len: gl.tensor
+    log2_temperature_len: gl.tensor
+
+
+@struct
+class Memory:
+    """Shared memory: query tiles [2 * K_CHUNKS, 64, K_COLUMNS] with barriers both ways, a ring of key tiles and one of
+    value tiles, and the board on which the producer writes work items (tiled_schedule.py)."""
+
+    q_slots: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    q_empty: gl.shared_memory_descriptor
+    k_ring: Ring
+    v_ring: Ring
+    board: Ring
 
 
 @struct
