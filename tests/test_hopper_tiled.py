@@ -113,3 +113,10 @@ def test_splits(spec, splits, dim, gqa):
     lengths = [(1, 129), (65, 700), (0, 70), (129, 0), (700, 1), (300, 1500)]
     case = make_case(dtype=torch.bfloat16, device="cuda", lengths=lengths, heads=(4, 2), dim=dim, **spec)
     GPU["hopper_tiled"].check(case, plan={"family": "hopper_tiled", "pack_gqa": gqa, "split_kv": splits})
+
+
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("spec", [dict(), dict(window=100), dict(k_scale=0.5, v_scale=2.0), dict(causal=False)], ids=str)
+def test_unified(spec, dim, gqa):
+    check(gqa, dim=dim, unified=True, **spec)

@@ -58,8 +58,6 @@ def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[
 
 
 def _not_served(problem: Problem) -> Optional[str]:
-    if problem.unified:
-        return "a unified call has no contiguous new K/V, which come through TMA"
     if problem.custom_mask:
         return "custom_mask: a value that no row sees cannot be kept from the tensor cores"
     if problem.kv_dtype != problem.dtype:

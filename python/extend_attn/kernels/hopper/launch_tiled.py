@@ -77,7 +77,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
 
 
 _FEATURES = (
-    "HAS_POOL", "CAUSAL", "WINDOW", "SINKS", "CAP", "TEMPERATURE", "Q_POSITIONS", "LSE", "V_SCALED",
+    "HAS_POOL", "UNIFIED", "CAUSAL", "WINDOW", "SINKS", "CAP", "TEMPERATURE", "Q_POSITIONS", "LSE", "V_SCALED",
 )  # fmt: skip
 
 
@@ -105,11 +105,11 @@ def _tiled_tensors(
     boxes: Boxes, i: Inputs, partial: Optional[torch.Tensor], partial_ml: Optional[torch.Tensor]
 ) -> List[object]:
     """With ``numbers`` above, the one place that knows the order of tiled_kernel's arguments."""
-    assert i.k_new is not None and i.v_new is not None
+    rows = [i.q if t is None else t for t in (i.q, i.k_new, i.v_new)]  # a unified call has no new ones: never used
     return [
-        *(ragged_descriptor(t, *box) for t, box in zip((i.q, i.k_new, i.v_new), boxes)),
+        *(ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
         i.q if i.k_pool is None else i.k_pool, i.q if i.v_pool is None else i.v_pool, i.o, i.lse,
-        i.qo_indptr, i.kv_indptr, i.kv_indices, i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
+        i.qo_indptr, i.kv_indptr, i.kv_indices, i.prefix_lens, i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
     ]  # fmt: skip
 
 

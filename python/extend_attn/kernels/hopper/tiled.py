@@ -90,13 +90,13 @@ def begin(WHO: gl.constexpr, memory, call, item, tiles, place, temperature, n, c
     t = place.begin
     s = warpgroup_mma_wait(0, [start_scores(WHO, memory, n + t, c)])
     release_keys(memory, n + t, c)
-    scale, v_scale = scales(t, tiles, call, KEYS)
+    scale, v_scale = scales(t, tiles, call, KEYS, c)
     s = logits(s, scale, temperature, call, True, c)
     s = gl.where(seen(t, tiles, place, item, call, KEYS, c), s, float("-inf"))
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
     l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
     w, alpha, m, l = weigh(s, m, l, scale, True, c)
-    if c.V_SCALED and KEYS == BOTH:
+    if c.V_SCALED and (c.UNIFIED or KEYS == BOTH):
         w = w * v_scale
     p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
     return State(gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O), m, l, p)
@@ -114,7 +114,7 @@ def walk(
     for t in range(first, stop):
         s_acc = start_scores(WHO, memory, n + t, c)
         o_acc = start_products(memory, state, n + t - 1, c)
-        scale, v_scale = scales(t, tiles, call, KEYS)
+        scale, v_scale = scales(t, tiles, call, KEYS, c)
         s = warpgroup_mma_wait(1, [s_acc])
         release_keys(memory, n + t, c)
         s = logits(s, scale, temperature, call, EDGES != NONE, c)
@@ -125,7 +125,7 @@ def walk(
             if not whole:
                 s = gl.where(seen(t, tiles, place, item, call, KEYS, c), s, float("-inf"))
         w, alpha, m, l = weigh(s, state.m, state.l, scale, EDGES != NONE, c)
-        if c.V_SCALED and KEYS != NEW:
+        if c.V_SCALED and (c.UNIFIED or KEYS != NEW):
             w = w * v_scale
         p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
         o, used = warpgroup_mma_wait(0, [o_acc, state.p])
@@ -216,20 +216,20 @@ UNSPECIALIZED = [
     "temperature_len", "log2_temperature_len", "stride_ks", "stride_kg", "stride_vs", "stride_vg", "stride_ot",
     "stride_oh",
 ]  # fmt: skip
-UNALIGNED = ["qo_indptr", "kv_indptr", "kv_indices", "sinks", "window_offsets", "q_positions", "lse"]
+UNALIGNED = ["qo_indptr", "kv_indptr", "kv_indices", "prefix_lens", "sinks", "window_offsets", "q_positions", "lse"]
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def tiled_kernel(
-    q_desc, k_desc, v_desc, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices, sinks, window_offsets,
-    q_positions, partial, partial_ml, stride_ks, stride_kg, stride_vs, stride_vg, stride_ot, stride_oh,
+    q_desc, k_desc, v_desc, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices, prefix_lens, sinks,
+    window_offsets, q_positions, partial, partial_ml, stride_ks, stride_kg, stride_vs, stride_vg, stride_ot, stride_oh,
     batch_size, row_blocks, splits, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len,
     log2_temperature_len,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr, K_CHUNKS: gl.constexpr,
     BLOCK_DV: gl.constexpr, V_SLICES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    SPLIT: gl.constexpr, HAS_POOL: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SINKS: gl.constexpr,
-    CAP: gl.constexpr, TEMPERATURE: gl.constexpr, Q_POSITIONS: gl.constexpr, LSE: gl.constexpr,
+    SPLIT: gl.constexpr, HAS_POOL: gl.constexpr, UNIFIED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    SINKS: gl.constexpr, CAP: gl.constexpr, TEMPERATURE: gl.constexpr, Q_POSITIONS: gl.constexpr, LSE: gl.constexpr,
     V_SCALED: gl.constexpr, NEGATE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -239,13 +239,13 @@ def tiled_kernel(
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     c = Shape(
         NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 else 2 * ROWS, HEAD_DIM, HEAD_DIM_V, BLOCK_N,
-        K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, SPLIT, HAS_POOL, CAUSAL, WINDOW, SINKS, CAP, TEMPERATURE, Q_POSITIONS,
-        OFFSETS, LSE, V_SCALED, NEGATE, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]), O,
+        K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, SPLIT, HAS_POOL, UNIFIED, CAUSAL, WINDOW, SINKS, CAP, TEMPERATURE,
+        Q_POSITIONS, OFFSETS, LSE, V_SCALED, NEGATE, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]), O,
         gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip
     call = Call(
         o, lse if LSE else o, partial if SPLIT else o, partial_ml if SPLIT else o, qo_indptr, kv_indptr,
-        sinks if SINKS else o, window_offsets if OFFSETS else o, q_positions if Q_POSITIONS else o,
+        prefix_lens if UNIFIED else o, sinks if SINKS else o, window_offsets if OFFSETS else o, q_positions if Q_POSITIONS else o,
         gl.to_tensor(stride_ot), gl.to_tensor(stride_oh), gl.to_tensor(batch_size), gl.to_tensor(row_blocks),
         gl.to_tensor(splits), gl.to_tensor(window), gl.to_tensor(new_scale), gl.to_tensor(pool_scale),
         gl.to_tensor(v_scale), gl.to_tensor(logit_cap), gl.to_tensor(temperature_len),

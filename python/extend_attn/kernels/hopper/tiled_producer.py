@@ -2,8 +2,9 @@
 
 New tokens come through TMA. Their descriptors are *ragged*: two leading dimensions whose strides cancel (modulo 2^64)
 move the end of the tensor to the end of the sequence, so that the hardware fills the rows past it with zeros and a
-neighbour's rows are never seen. Prefix rows are gathered one by one with asynchronous copies into the same rings; rows
-past either end of what the item sees repeat a row that it does see, and their scores are masked.
+neighbour's rows are never seen. Prefix rows, and all rows of a unified call, are gathered one by one with asynchronous
+copies into the same rings; rows past either end of what the item sees repeat a row that it does see, and their scores
+are masked.
 """
 
 # Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
@@ -132,6 +133,13 @@ def slots_of(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
 
 
 @gluon.jit
+def new_slots_of(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
+    """Pool slots of new tile t's keys in a unified call; past the end, the last one's."""
+    key = (tiles.new_hi - 1 - t) * c.BLOCK_N + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+    return gl.load(kv_indices + item.prefix_len + gl.minimum(key, item.extend_len - 1)).to(gl.int32)
+
+
+@gluon.jit
 def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     """K of tile t + 1 goes before V of tile t: that is the order in which consumers ask for them."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
@@ -156,15 +164,18 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
                 following = slots
                 for t in range(tiles.begin, tiles.end + 1):
                     if t < tiles.end:
-                        if t < tiles.new_tiles:
+                        if (not c.UNIFIED) and t < tiles.new_tiles:
                             tile = tiles.new_hi - 1 - t
                             load_keys(sources.k, item, tile, head, memory.k_ring, n, ARRIVALS, c)
                         elif c.HAS_POOL:
-                            following = slots_of(sources.kv_indices + kv_start, item, tiles, t, LAYOUT, c)
+                            if c.UNIFIED and t < tiles.new_tiles:
+                                following = new_slots_of(sources.kv_indices + kv_start, item, tiles, t, LAYOUT, c)
+                            else:
+                                following = slots_of(sources.kv_indices + kv_start, item, tiles, t, LAYOUT, c)
                             gather_keys(k_base, following, sources.stride_ks, memory.k_ring, n, LAYOUT, c)
                     if t == tiles.begin:
                         load_query(sources.q, item, memory, number, c)
-                    elif t <= tiles.new_tiles:
+                    elif (not c.UNIFIED) and t <= tiles.new_tiles:
                         load_values(sources.v, item, tiles.new_hi - t, head, memory.v_ring, n - 1, ARRIVALS, c)
                     elif c.HAS_POOL:
                         v_ring = memory.v_ring

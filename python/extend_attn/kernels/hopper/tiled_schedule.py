@@ -34,8 +34,11 @@ def _blocks(start, call, c):
     blocks = gl.cdiv(rows.to(gl.int32), c.TOKENS)
     before = gl.zeros_like(blocks)
     if c.HAS_POOL:
-        keys = gl.load(call.kv_indptr + b + 1, mask=ok, other=0) - gl.load(call.kv_indptr + b, mask=ok, other=0)
-        before = keys.to(gl.int32)
+        if c.UNIFIED:
+            before = gl.load(call.prefix_lens + b, mask=ok, other=0).to(gl.int32)
+        else:
+            stop = gl.load(call.kv_indptr + b + 1, mask=ok, other=0)
+            before = (stop - gl.load(call.kv_indptr + b, mask=ok, other=0)).to(gl.int32)
         if c.WINDOW:
             before = gl.minimum(before, call.window)
         before = before // c.TOKENS
@@ -123,7 +126,10 @@ def find_item(index, total, call, c):
         extend_len = gl.load(call.qo_indptr + sequence + 1).to(gl.int32) - q_start
         if c.HAS_POOL:
             kv_start = gl.load(call.kv_indptr + sequence).to(gl.int64)
-            prefix_len = (gl.load(call.kv_indptr + sequence + 1).to(gl.int64) - kv_start).to(gl.int32)
+            if c.UNIFIED:
+                prefix_len = gl.load(call.prefix_lens + sequence).to(gl.int32)
+            else:
+                prefix_len = (gl.load(call.kv_indptr + sequence + 1).to(gl.int64) - kv_start).to(gl.int32)
             if call.batch_size > 1:  # its level counts the prefix too
                 before = prefix_len
                 if c.WINDOW:

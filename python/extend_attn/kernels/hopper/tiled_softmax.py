@@ -13,12 +13,12 @@ NEW, POOL, BOTH = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 
 
 @gluon.jit
-def scales(t, tiles, call, KEYS: gl.constexpr):
+def scales(t, tiles, call, KEYS: gl.constexpr, c):
     """(factor of tile t's dot products, factor of its values)."""
-    if KEYS == NEW:
-        return call.new_scale, gl.to_tensor(1.0)
-    elif KEYS == POOL:
+    if c.UNIFIED or KEYS == POOL:
         return call.pool_scale, call.v_scale
+    elif KEYS == NEW:
+        return call.new_scale, gl.to_tensor(1.0)
     else:
         new = t < tiles.new_tiles
         return gl.where(new, call.new_scale, call.pool_scale), gl.where(new, 1.0, call.v_scale)

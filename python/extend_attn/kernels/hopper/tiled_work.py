@@ -35,6 +35,7 @@ class Shape:
     V_SLICES: gl.constexpr
     SPLIT: gl.constexpr
     HAS_POOL: gl.constexpr
+    UNIFIED: gl.constexpr
     CAUSAL: gl.constexpr
     WINDOW: gl.constexpr
     SINKS: gl.constexpr
@@ -61,6 +62,7 @@ class Call:
     partial_ml: gl.tensor
     qo_indptr: gl.tensor
     kv_indptr: gl.tensor
+    prefix_lens: gl.tensor
     sinks: gl.tensor
     window_offsets: gl.tensor
     q_positions: gl.tensor
