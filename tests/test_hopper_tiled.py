@@ -117,6 +117,8 @@ def test_splits(spec, splits, dim, gqa):
 
 @pytest.mark.parametrize("gqa", [False, True])
 @pytest.mark.parametrize("dim", [64, 256])
-@pytest.mark.parametrize("spec", [dict(), dict(window=100), dict(k_scale=0.5, v_scale=2.0), dict(causal=False)], ids=str)
+@pytest.mark.parametrize(
+    "spec", [dict(), dict(window=100), dict(k_scale=0.5, v_scale=2.0), dict(causal=False)], ids=str
+)
 def test_unified(spec, dim, gqa):
     check(gqa, dim=dim, unified=True, **spec)

@@ -109,7 +109,8 @@ def _tiled_tensors(
     return [
         *(ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
         i.q if i.k_pool is None else i.k_pool, i.q if i.v_pool is None else i.v_pool, i.o, i.lse,
-        i.qo_indptr, i.kv_indptr, i.kv_indices, i.prefix_lens, i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
+        i.qo_indptr, i.kv_indptr, i.kv_indices, i.prefix_lens, i.sinks, i.window_offsets, i.q_positions,
+        partial, partial_ml,
     ]  # fmt: skip
 
 
