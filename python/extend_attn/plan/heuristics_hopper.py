@@ -6,7 +6,7 @@ from typing import Optional
 
 from ..problem import ELEMENT_SIZE, Problem, bucket
 from .device import DeviceSpec
-from .legality_hopper import HELD_MAX, PACKED_ROWS_MAX, hopper_shared_memory, packed_blocks, packed_held
+from .legality_hopper import PACKED_ROWS_MAX, hopper_shared_memory, packed_blocks, packed_held, packed_held_max
 from .tile import BLOCK_M_MIN, STAGES_MAX, Plan, Tile
 
 PACKED_BLOCK_N = 64
@@ -26,8 +26,8 @@ def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
     """Rows: new tokens times the heads of a group, in one tile as long as registers hold it."""
     block_d, _ = packed_blocks(problem)
     tile = Tile(min(max(BLOCK_M_MIN, bucket(problem.rows)), PACKED_ROWS_MAX), PACKED_BLOCK_N, 4, 2)
-    if packed_held(problem, tile) > HELD_MAX:
-        tile = tile.merged({"num_warps": 8})
+    while packed_held(problem, tile) > packed_held_max(problem, tile):  # a second warpgroup, then fewer rows
+        tile = tile.merged({"num_warps": 8} if tile.num_warps == 4 else {"block_m": tile.block_m // 2, "num_warps": 4})
     slot = tile.block_n * block_d * ELEMENT_SIZE[problem.dtype]
     stages = min(max(STAGES_MIN, RING_BYTES // slot), STAGES_MAX)
     while stages > 2 and _too_large(problem, tile, stages, device):

@@ -16,8 +16,9 @@ ALIGNMENT = 16  # bytes of one asynchronous copy, and so of base pointers and st
 COLUMNS = 8  # elements of one asynchronous copy: head dims are multiples
 SWIZZLE = 64  # 16-bit columns of the widest swizzle; narrower blocks are padded to it
 PACKED_ROWS_MAX = 64
-# Registers of accumulator, logits, weights and sums that leave a consumer enough for the rest: of 160, of 200 to 240.
-HELD_OF_TWO, HELD_MAX = 80, 176
+# Registers of accumulator, logits, weights and sums that leave a consumer enough for the rest: of 160 with room for two
+# programs a multiprocessor, of 200 to 240, and of 160 where four warpgroups share the registers.
+HELD_OF_TWO, HELD_MAX, HELD_MAX_CROWDED = 80, 176, 112
 BARRIERS = 1024  # bytes: mbarriers and what warp specialisation keeps in shared memory
 
 
@@ -80,11 +81,19 @@ def packed_registers(problem: Problem, plan: Plan) -> Tuple[int, int]:
     """(registers a thread that the launch reserves, those that a producer keeps); consumers share the rest.
 
     One warpgroup of consumers and one of producers get 160 and 96, which leaves room for two programs a
-    multiprocessor. Many rows, or a group of producers for each of K and V, take what one program can have.
+    multiprocessor. Many rows, or a group of converting producers for each of K and V, take what one program can have.
     """
-    if is_fp8(problem):
-        return 168, 128
-    return (168, 96) if packed_held(problem, plan.tile) > HELD_OF_TWO or plan.tile.num_warps > 4 else (128, 96)
+    tall = plan.tile.num_warps > 4
+    if not is_fp8(problem):
+        return (168, 96) if tall or packed_held(problem, plan.tile) > HELD_OF_TWO else (128, 96)
+    if tall:
+        return (168, 104) if v_is_k(problem) else (128, 96)
+    return 168, 128
+
+
+def packed_held_max(problem: Problem, tile: Tile) -> int:
+    """The most that ``packed_held`` may be: two warpgroups of consumers and two of converting producers leave least."""
+    return HELD_MAX_CROWDED if tile.num_warps > 4 and is_fp8(problem) and not v_is_k(problem) else HELD_MAX
 
 
 def packed_held(problem: Problem, tile: Tile) -> int:
@@ -108,9 +117,9 @@ def _packed_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optiona
         return f"block_m: {tile.block_m}; with {tile.num_warps} warps {2 * tile.num_warps} to {PACKED_ROWS_MAX}"
     if tile.num_stages < 2:
         return "num_stages: 1; K and V take a slot of the ring each"
-    registers = packed_held(problem, tile)
-    if registers > HELD_MAX:
-        return f"registers: {registers} a thread for accumulator, logits and sums; there are {HELD_MAX} to hold them"
+    held, most = packed_held(problem, tile), packed_held_max(problem, tile)
+    if held > most:
+        return f"registers: {held} a thread for accumulator, logits and sums; there are {most} to hold them"
     needed = _packed_shared_memory(problem, plan)
     if needed > device.shared_memory:
         return f"shared memory: about {needed} bytes; a block on {device.arch} has {device.shared_memory}"
