@@ -246,8 +246,9 @@ def tiled_kernel(
     call = Call(
         o, lse if LSE else o, partial if SPLIT else o, partial_ml if SPLIT else o, qo_indptr, kv_indptr,
         prefix_lens if UNIFIED else o, sinks if SINKS else o, window_offsets if OFFSETS else o,
-        q_positions if Q_POSITIONS else o, gl.to_tensor(stride_ot), gl.to_tensor(stride_oh), gl.to_tensor(batch_size), gl.to_tensor(row_blocks),
-        gl.to_tensor(splits), gl.to_tensor(window), gl.to_tensor(new_scale), gl.to_tensor(pool_scale),
+        q_positions if Q_POSITIONS else o, gl.to_tensor(stride_ot), gl.to_tensor(stride_oh),
+        gl.to_tensor(batch_size), gl.to_tensor(row_blocks), gl.to_tensor(splits), gl.to_tensor(window),
+        gl.to_tensor(new_scale), gl.to_tensor(pool_scale),
         gl.to_tensor(v_scale), gl.to_tensor(logit_cap), gl.to_tensor(temperature_len),
         gl.to_tensor(log2_temperature_len),
     )  # fmt: skip
