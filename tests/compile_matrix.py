@@ -47,7 +47,11 @@ FEATURES: Dict[str, dict] = {
     "unified": dict(unified=True, index_dtype="int32"),
 }
 NEW_TOKENS = {"packed": 4, "tiled": 512}  # the lengths for which each family is the default
-HOPPER_FAMILIES = ("hopper_packed",)
+# What each Hopper family is compiled for. The tiled one has no kernel for latent values, masks and fp8 pools.
+HOPPER = {
+    "hopper_packed": (HEAD_DIMS, tuple(FEATURES)),
+    "hopper_tiled": (HEAD_DIMS[:5], ("plain", "window", "unified")),
+}
 SPILLS_MAX = 128  # bytes a thread that a Hopper kernel may spill: MLA's 64 rows of 512 columns do, and fp8 beside it
 
 Job = Tuple[int, tuple, str, str]
@@ -66,8 +70,10 @@ def jobs(everything: bool) -> Iterator[Job]:
                 family = "packed" if (d - a) % 6 == 0 else "tiled"
                 yield arch, dims, family, names[(a + d) % len(names)]
             if arch == 90 and DeviceSpec.preset("sm_90").triton_at_least(3, 6):
-                chosen = names if everything else [names[(d + i) % len(names)] for i in (0, 3)]
-                yield from ((arch, dims, family, name) for family in HOPPER_FAMILIES for name in chosen)
+                for family, (served, features) in HOPPER.items():
+                    if dims in served:
+                        chosen = features if everything else [features[(d + i) % len(features)] for i in (0, 3)]
+                        yield from ((arch, dims, family, name) for name in dict.fromkeys(chosen))
 
 
 def problem_of(job: Job) -> Problem:
@@ -99,7 +105,7 @@ def compile_job(job: Job) -> str:
     try:
         problem = problem_of(job)
         device = DeviceSpec.preset(f"sm_{arch}")
-        forced = {"family": family} if family in HOPPER_FAMILIES else None
+        forced = {"family": family} if family in HOPPER else None
         plan = select(problem, device, plan=forced)
         assert plan.family == family, f"the default plan is {plan}"
         used = shared_memory(problem, plan, arch)

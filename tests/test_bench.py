@@ -50,6 +50,7 @@ COUNTED = [
     Row("cut", 2, 4, 9, 6),
     Row("wide", 1, 3, 2, 50),
     Row("ragged", 4, 2, 9, ragged=True),
+    Row("uneven", 4, 7, 9, uneven=True),
 ]
 
 
@@ -57,8 +58,8 @@ COUNTED = [
 def test_counts_are_those_of_the_mask(row):
     """Pairs, and keys of the prefix, counted one by one, from the rule of the window."""
     pairs, seen = 0, set()
-    for b, prefix in enumerate(row.prefixes):
-        for m in range(row.new_tokens):
+    for b, (prefix, new) in enumerate(zip(row.prefixes, row.new_lengths)):
+        for m in range(new):
             for key in range(prefix + m + 1):
                 if not row.window or prefix + m <= key + row.window:
                     pairs += 1
@@ -75,10 +76,23 @@ def test_what_rows_may_add_counts_too():
     half = Row("half", 2, 1, 10, kv_dtype="float8_e4m3fn")
     assert Row("whole", 2, 1, 10).bytes - half.bytes == 2 * 10 * 2 * 4 * 256
     assert sorted(Row("ragged", 4, 1, 10, ragged=True).prefixes) == [1, 4, 7, 10]
+    uneven = Row("uneven", 4, 10, 6, uneven=True)
+    assert sorted(uneven.new_lengths) == [1, 4, 7, 10] and uneven.prefixes == [0, 6, 0, 6]
     assert Row("tree", 2, 3, 10, tree=True).bytes - Row("none", 2, 3, 10).bytes == 2 * 9
 
 
-ADDED = [dict(tree=True), dict(ragged=True), dict(latent_v=32), dict(kv_dtype="float8_e4m3fn")]
+def test_prefix_slots_come_in_runs_of_a_page():
+    slots = make_batch(Row("paged", 2, 3, 32, page=16), torch.device("cpu"), num_sets=1).sets[0].prefix_slots
+    runs = slots.view(-1, 16)
+    assert (runs[:, 0] % 16 == 0).all() and (runs - runs[:, :1] == torch.arange(16)).all()
+    with pytest.raises(ValueError, match="page"):
+        Row("paged", 2, 3, 33, page=16)
+
+
+ADDED = [
+    dict(tree=True), dict(ragged=True), dict(uneven=True), dict(page=4), dict(latent_v=32),
+    dict(kv_dtype="float8_e4m3fn"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("added", ADDED, ids=str)

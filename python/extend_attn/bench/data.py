@@ -32,7 +32,7 @@ class InputSet:
     k_pool: torch.Tensor
     v_pool: torch.Tensor
     prefix_slots: torch.Tensor  # [B * prefix] int64: the pool slots of every sequence's prefix
-    all_slots: torch.Tensor  # [B, prefix + new] int64: slots of prefix and new tokens (ragged: none)
+    all_slots: torch.Tensor  # [B, prefix + new] int64: slots of prefix and new tokens (none unless all are as long)
 
 
 @dataclass
@@ -87,17 +87,20 @@ def make_batch(row: Row, device: torch.device, *, num_sets: Optional[int] = None
         l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CPU_L2
         num_sets = rotations(row.bytes, l2)
     generator = torch.Generator(device=device).manual_seed(seed)
-    counts = torch.arange(row.batch + 1, dtype=torch.int32, device=device)
     custom_mask, mask_indptr = _trees(row, device) if row.tree else (None, None)
     return Batch(
         row=row,
         device=device,
-        qo_indptr=counts * row.new_tokens,
-        kv_indptr=torch.tensor([0, *itertools.accumulate(row.prefixes)], dtype=torch.int32, device=device),
+        qo_indptr=_starts(row.new_lengths, device),
+        kv_indptr=_starts(row.prefixes, device),
         sets=[_make_set(row, device, generator) for _ in range(num_sets)],
         custom_mask=custom_mask,
         mask_indptr=mask_indptr,
     )
+
+
+def _starts(lengths: List[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def _trees(row: Row, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -120,9 +123,11 @@ def _make_set(row: Row, device: torch.device, generator: torch.Generator) -> Inp
         return torch.randn(rows, heads, row.head_dim, generator=generator, device=device, dtype=dtype)
 
     tokens, prefix = row.num_tokens, sum(row.prefixes)
-    num_slots = prefix + tokens + SPARE_SLOTS
-    order = torch.randperm(num_slots, generator=generator, device=device)
-    prefix_slots, new_slots, spare = order.split([prefix, tokens, SPARE_SLOTS])
+    num_pages = -(-(prefix + tokens + SPARE_SLOTS) // row.page)
+    num_slots = num_pages * row.page
+    pages = torch.randperm(num_pages, generator=generator, device=device)
+    order = (pages[:, None] * row.page + torch.arange(row.page, device=device)).flatten()
+    prefix_slots, new_slots, spare = order.split([prefix, tokens, num_slots - prefix - tokens])
     k = randn(tokens, row.num_kv_heads)
     k_pool = randn(num_slots, row.num_kv_heads)
     v = k[..., : row.latent_v] if row.latent_v else randn(tokens, row.num_kv_heads)
@@ -133,7 +138,7 @@ def _make_set(row: Row, device: torch.device, generator: torch.Generator) -> Inp
     if pool_dtype != dtype:
         k_pool, v_pool = k_pool.to(pool_dtype), v_pool.to(pool_dtype)
     all_slots = order[:0].view(row.batch, 0)
-    if not row.ragged:
+    if not (row.ragged or row.uneven):
         all_slots = torch.cat([prefix_slots.view(row.batch, -1), new_slots.view(row.batch, -1)], dim=1)
     q = randn(tokens, row.num_q_heads)
     o = q.new_full((tokens, row.num_q_heads, row.head_dim_v), math.nan)

@@ -20,7 +20,8 @@ class Row:
     """One shape. ``window`` is the library's: position(q) <= position(k) + window; 0 is none. Causal always.
 
     ``kv_dtype`` is the pool's type if it is another; ``latent_v`` > 0 makes V the first so many columns of K (MLA);
-    ``tree`` masks the new tokens as a draft tree; ``ragged`` spreads the prefixes evenly from 1 to ``prefix``.
+    ``tree`` masks the new tokens as a draft tree; ``ragged`` spreads the prefixes evenly from 1 to ``prefix``;
+    ``uneven`` spreads the new tokens so, and every other sequence has no prefix. Prefix slots come in runs of ``page``.
     """
 
     name: str
@@ -36,10 +37,14 @@ class Row:
     latent_v: int = 0
     tree: bool = False
     ragged: bool = False
+    uneven: bool = False
+    page: int = 1
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.new_tokens < 1 or self.prefix < 0 or self.window < 0:
             raise ValueError(f"{self.name}: batch and new_tokens must be >= 1, prefix and window >= 0")
+        if self.page < 1 or self.prefix % self.page:
+            raise ValueError(f"{self.name}: a page of {self.page} slots does not divide the prefix of {self.prefix}")
         if self.num_kv_heads < 1 or self.num_q_heads % self.num_kv_heads:
             raise ValueError(f"{self.name}: {self.num_q_heads} query heads is no multiple of {self.num_kv_heads}")
         if self.dtype not in ITEM_BYTES:
@@ -50,7 +55,7 @@ class Row:
     @property
     def plain(self) -> bool:
         """Whether this is a batch of equal sequences with nothing but a window: what every peer is asked for."""
-        return not (self.kv_dtype or self.latent_v or self.tree or self.ragged)
+        return not (self.kv_dtype or self.latent_v or self.tree or self.ragged or self.uneven)
 
     @property
     def head_dim_v(self) -> int:
@@ -59,13 +64,22 @@ class Row:
     @property
     def prefixes(self) -> List[int]:
         """The prefix of each sequence."""
-        if not self.ragged or self.batch == 1:
-            return [self.prefix] * self.batch
-        return [1 + (self.prefix - 1) * (b * SPREAD % self.batch) // (self.batch - 1) for b in range(self.batch)]
+        if self.uneven:
+            return [self.prefix * (b % 2) for b in range(self.batch)]
+        return self._spread(self.prefix) if self.ragged else [self.prefix] * self.batch
+
+    @property
+    def new_lengths(self) -> List[int]:
+        """The new tokens of each sequence."""
+        return self._spread(self.new_tokens) if self.uneven else [self.new_tokens] * self.batch
+
+    def _spread(self, most: int) -> List[int]:
+        last = max(self.batch - 1, 1)
+        return [1 + (most - 1) * (b * SPREAD % self.batch) // last for b in range(self.batch)]
 
     @property
     def num_tokens(self) -> int:
-        return self.batch * self.new_tokens
+        return sum(self.new_lengths)
 
     @property
     def shape(self) -> str:
@@ -81,8 +95,8 @@ class Row:
     def visible_pairs(self) -> int:
         """(query, key) pairs over the batch that the causal mask and the window let through."""
         total = 0
-        for prefix in self.prefixes:
-            for row in range(self.new_tokens):
+        for prefix, new in zip(self.prefixes, self.new_lengths):
+            for row in range(new):
                 seen = prefix + row + 1
                 total += min(seen, self.window + 1) if self.window else seen
         return total
@@ -165,6 +179,17 @@ MORE: Tuple[Row, ...] = (
     Row("d128_decode64", 64, 1, 4000, 0, 128, 32, 8),
     Row("d512_prefill", 1, 4096, 0, 0, 512, 8, 2),
     Row("d512_verify", 32, 4, 8000, 0, 512, 8, 2),
+    Row("d64_prefill", 1, 8192, 0, 0, 64, 32, 8),
+    Row("d96_prefill", 1, 8192, 0, 0, 96, 32, 8),
+    Row("window_prefill", 1, 8192, 0, 1024),
+    Row("one_chunk", 1, 512, 8192),
+    Row("chunk16_pref", 16, 128, 2048),
+    Row("long_pref", 1, 2048, 16384),
+    Row("d512_extend_pref", 4, 1024, 4096, 0, 512, 8, 2),
+    Row("uneven_prefill", 16, 4000, 4000, uneven=True),
+    Row("fp8_extend_pref", 4, 1024, 4096, kv_dtype="float8_e4m3fn"),
+    Row("extend_pref_page16", 4, 1024, 4096, page=16),
+    Row("extend_pref_page64", 4, 1024, 4096, page=64),
     Row("decode32", 32, 1, 8000),
     Row("one_decode32k", 1, 1, 32000),
     Row("tree16", 32, 16, 1000, tree=True),

@@ -65,12 +65,14 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
 
 
 def combine_after(
-    plan: Plan, inputs: Inputs, problem: Problem, block_dv: int, tiles: int, row_blocks: int, pdl: bool
-) -> Tuple[Kernel, Tuple[Workspace, ...]]:
+    plan: Plan, inputs: Inputs, problem: Problem, block_dv: int, tiles: int, row_blocks: int, pdl: bool,
+    shape: Optional[Tuple[int, int]] = None,
+) -> Tuple[Kernel, Tuple[Workspace, ...]]:  # fmt: skip
     """The combine kernel after ``plan.split_kv`` splits of so many tiles, or after ``plan.programs`` even shares of
     them all, and its workspaces: the parts' results, their maxima and sums, and which programs had a share of a tile
-    (a single element after splits, which know)."""
-    block_m, splits = plan.tile.block_m, plan.split_kv
+    (a single element after splits, which know). ``shape``: rows of a tile and rows a token (None: a packed tile's)."""
+    block_m, rows = shape or (plan.tile.block_m, problem.group)
+    splits = plan.split_kv
     chunk = max(2, min(triton.next_power_of_2(plan.programs or splits), COMBINE_ELEMENTS // block_dv))
     constants = dict(
         NUM_HEADS=problem.num_q_heads,
@@ -79,7 +81,7 @@ def combine_after(
         SINKS=problem.sinks,
         LSE=problem.return_lse,
         BLOCK_M=block_m,
-        ROWS=problem.group,
+        ROWS=rows,
         CHUNK=chunk,
         PDL=pdl,
         EVEN=plan.programs > 0,

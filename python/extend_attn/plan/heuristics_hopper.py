@@ -65,5 +65,8 @@ def packed_splits(problem: Problem, device: DeviceSpec, block_m: int) -> int:
 
 
 def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
-    """Rows: tokens of one head."""
-    return Plan("hopper_tiled", Tile(128, 64, 8, 4), source="heuristic")
+    """128 keys a tile where registers hold their logits beside the accumulator; two heads a program if they pair."""
+    tile = Tile(128, 128 if problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 else 64, 8, 2)
+    if problem.head_dim_qk > 256:
+        tile = tile.merged({"num_stages": 1})  # a tile in two query tiles' shadow is all that fits
+    return Plan("hopper_tiled", tile, pack_gqa=problem.group % 2 == 0, source="heuristic")

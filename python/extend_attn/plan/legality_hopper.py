@@ -7,6 +7,7 @@ from typing import Callable, Dict, Optional, Tuple
 from ..problem import ELEMENT_SIZE, Problem
 from .blocks import next_power_of_2
 from .device import DeviceSpec
+from .legality_hopper_tiled import tiled_illegal, tiled_shared_memory
 from .tile import Plan, Tile
 
 GLUON_TRITON = (3, 6)  # the first whose Gluon has warp specialisation with registers for each partition
@@ -134,20 +135,11 @@ def _packed_shared_memory(problem: Problem, plan: Plan) -> int:
     return (query + ring) * ELEMENT_SIZE[problem.dtype] + BARRIERS
 
 
-def _tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
-    return "hopper_tiled: not in this version"
-
-
-def _tiled_shared_memory(problem: Problem, plan: Plan) -> int:
-    rows = plan.tile.block_m + plan.tile.num_stages * plan.tile.block_n
-    return rows * sum(packed_blocks(problem)) * ELEMENT_SIZE[problem.dtype] + BARRIERS
-
-
 _ILLEGAL: Dict[str, Callable[[Problem, Plan, DeviceSpec], Optional[str]]] = {
     "hopper_packed": _packed_illegal,
-    "hopper_tiled": _tiled_illegal,
+    "hopper_tiled": tiled_illegal,
 }
 _SHARED_MEMORY: Dict[str, Callable[[Problem, Plan], int]] = {
     "hopper_packed": _packed_shared_memory,
-    "hopper_tiled": _tiled_shared_memory,
+    "hopper_tiled": tiled_shared_memory,
 }
