@@ -23,14 +23,16 @@ ARROWS: Dict[str, Set[str]] = {
     "selection": {"plan", "problem", "devices"},
     "inputs": {"problem"},
     "checks": {"inputs"},
-    "calls": {"inputs", "plan", "problem"},
+    "guards": {"inputs"},
+    "calls": {"guards", "inputs", "plan", "problem"},
     "reference": {"inputs"},
     "kernels": {"plan", "problem", "inputs"},  # for the types of what it is given
     "attention": {"calls", "inputs", "problem", "plan", "devices", "checks", "reference", "kernels"},
+    "comm": {"plan"},  # for how table files are found and read
     "warming": {"attention", "inputs", "problem", "plan", "devices", "kernels"},
     # Users of the public interface; nothing imports them.
-    "bench": {"attention", "reference", "inputs", "problem", "plan", "devices", "selection", "warming"},
-    "cli": {"attention", "reference", "problem", "plan", "selection", "warming", "bench"},
+    "bench": {"attention", "comm", "reference", "inputs", "problem", "plan", "devices", "selection", "warming"},
+    "cli": {"attention", "reference", "problem", "plan", "selection", "warming", "bench", "comm"},
     "__main__": {"cli", "bench"},
     # The package itself fetches its names when they are used; its imports are for type checkers.
     "__init__": {"attention", "checks", "plan", "problem", "selection", "warming"},

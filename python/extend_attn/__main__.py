@@ -9,7 +9,8 @@ from typing import List, Optional
 # Command -> (module, what it does). A module is imported only when its command is called: explain needs no torch.
 COMMANDS = {
     "demo": ("extend_attn.cli.demo", "chunked prefill and draft verification over a scattered KV pool, checked"),
-    "explain": ("extend_attn.cli.explain", "which kernel and tile a problem gets on a device, and why; needs no GPU"),
+    "explain": ("extend_attn.cli.explain", "which kernel, tile or all-reduce a call gets, and why; needs no GPU"),
+    "tune": ("extend_attn.cli.tune", "measure plans for given problems and keep the fastest in a table"),
     "bench": ("extend_attn.bench", "measure against the peers that are installed"),
     "doctor": ("extend_attn.cli.doctor", "versions, devices, folders and settings, with what is wrong among them"),
 }

@@ -49,6 +49,8 @@ def warmup(
     """
     if not torch.cuda.is_available():
         raise RuntimeError("device: warmup needs a CUDA GPU; CPU tensors run on the reference and need none")
+    from .kernels.launch import recipe_of  # needs Triton
+
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("warmup: a CUDA graph is being captured; call it before the capture")
     index = device if isinstance(device, int) else torch.device("cuda" if device is None else device).index
@@ -63,7 +65,8 @@ def warmup(
         done.add((problem.key(), chosen))
         for inputs in stand_ins(problem, target):
             small = dataclasses.replace(problem, **_sizes(inputs))
-            launched = run_plan(chosen, inputs, small, explicit=plan is not None, key=problem.key())
+            recipe = recipe_of(chosen, inputs, small)
+            launched = run_plan(chosen, inputs, small, explicit=plan is not None, key=problem.key(), recipe=recipe)
             for kernel, _, _, constants in launched:
                 variants.add((kernel.__name__, repr(sorted(constants.items())) + repr(_types(inputs))))
     torch.cuda.synchronize(target)

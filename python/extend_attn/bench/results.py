@@ -1,9 +1,9 @@
 """The file a run leaves behind: one JSON object, checked on the way in and out.
 
-``{schema: 1, kind, device, versions, command, date, ceilings: {read_gbps, matmul_tflops}, results: [...]}`` with a
-result ``{row, provider, us_graph, us_do_bench, floor_us, error, plan}``. Times are microseconds of one call, medians;
-``us_graph`` is null where a graph cannot be captured, both are null where the result was wrong (``error`` says by how
-much). ``skipped`` lists what was asked for and not measured, with the reason.
+``{schema: 1, kind, device, versions, command, date, ceilings: {...}, results: [...]}``; which fields a result has goes
+by the kind (``FIELDS``). Times are microseconds of one call, medians; a time is null where the result was wrong
+(``error`` says by how much) or, for ``us_graph``, where a graph cannot be captured. ``skipped`` lists what was asked
+for and not measured, with the reason.
 """
 
 from __future__ import annotations
@@ -15,19 +15,41 @@ import os
 from typing import Any, Dict, List, Optional
 
 SCHEMA = 1
-KINDS = ("attention", "all_reduce", "qknorm", "step")
-NUMBER = (int, float)
-
 _TOP = {"schema": int, "kind": str, "device": str, "versions": dict, "command": str, "date": str, "ceilings": dict}
-_RESULT = {"row": str, "provider": str}
-_RESULT_NUMBERS = ("us_graph", "us_do_bench", "floor_us", "error")
+
+TEXT, WHOLE, FLAG, NUMBER, TIME, OBJECT = "text", "whole", "flag", "number", "time", "object"
+_EXPECTED = {
+    TEXT: "a string",
+    WHOLE: "a whole number",
+    FLAG: "true or false",
+    NUMBER: "a number or null",
+    TIME: "more than 0, or null",
+    OBJECT: "an object or null",
+}
+_COLLECTIVE = {
+    "dtype": TEXT, "world": WHOLE, "virtual": FLAG, "algo": TEXT, "provider": TEXT, "mode": TEXT, "error": NUMBER,
+}  # fmt: skip
+# Fields of a result, by the file's kind; further ones may be there.
+FIELDS: Dict[str, Dict[str, str]] = {
+    "attention": {
+        "row": TEXT, "provider": TEXT, "us_graph": TIME, "us_do_bench": TIME, "floor_us": NUMBER, "error": NUMBER,
+        "plan": OBJECT,
+    },
+    "all_reduce": {"bytes": WHOLE, "us": TIME, "busbw_gbps": TIME, **_COLLECTIVE},
+    "qknorm": {"tokens": WHOLE, "q_width": WHOLE, "k_width": WHOLE, "us": TIME, **_COLLECTIVE},
+    "step": {"batch": WHOLE, "tokens": WHOLE, "us": TIME, **_COLLECTIVE},
+    "capture": {"graphs": WHOLE, "collectives": WHOLE, "bytes": WHOLE, "us": TIME, **_COLLECTIVE},
+}  # fmt: skip
+KINDS = tuple(FIELDS)
 
 
-def new_file(*, device: str, versions: Dict[str, str], command: str, ceilings: Dict[str, float]) -> Dict[str, Any]:
+def new_file(
+    *, device: str, versions: Dict[str, str], command: str, ceilings: Dict[str, Any], kind: str = "attention"
+) -> Dict[str, Any]:
     """A run's file with no result yet, dated now (ISO 8601, UTC)."""
     return {
         "schema": SCHEMA,
-        "kind": "attention",
+        "kind": kind,
         "device": device,
         "versions": versions,
         "command": command,
@@ -83,28 +105,35 @@ def validate(data: Any) -> List[str]:
     if not isinstance(data.get("results"), list):
         return [*wrong, "results: expected a list"]
     for i, result in enumerate(data["results"]):
-        wrong.extend(f"results[{i}].{why}" for why in _wrong_result(result))
+        wrong.extend(f"results[{i}].{why}" for why in _wrong_result(result, FIELDS.get(str(data.get("kind")), {})))
     return wrong
 
 
-def _wrong_result(result: Any) -> List[str]:
+def _wrong_result(result: Any, fields: Dict[str, str]) -> List[str]:
     if not isinstance(result, dict):
         return ["expected an object"]
-    wrong = [f"{name}: expected a string" for name in _RESULT if not isinstance(result.get(name), str)]
-    for name in _RESULT_NUMBERS:
-        if name not in result:
-            wrong.append(f"{name}: is missing")
-        elif result[name] is not None and (not isinstance(result[name], NUMBER) or isinstance(result[name], bool)):
-            wrong.append(f"{name}: expected a number or null, got {result[name]!r}")
-        elif name.startswith("us_") and result[name] is not None and not _positive(result[name]):
-            wrong.append(f"{name}: expected more than 0, got {result[name]!r}")
-    if not isinstance(result.get("plan", 0), (dict, type(None))):
-        wrong.append("plan: expected an object or null" if "plan" in result else "plan: is missing")
-    return wrong
+    missing = [f"{name}: is missing" for name in fields if name not in result]
+    return missing + [
+        f"{name}: expected {_EXPECTED[kind]}, got {result[name]!r}"
+        for name, kind in fields.items()
+        if name in result and not _fits(result[name], kind)
+    ]
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if kind in (TEXT, FLAG):
+        return isinstance(value, str if kind == TEXT else bool)
+    if kind == WHOLE:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if value is None:
+        return True
+    if kind == OBJECT:
+        return isinstance(value, dict)
+    return _positive(value) if kind == TIME else isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, NUMBER) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 def save(data: Dict[str, Any], path: str) -> None:
@@ -112,10 +141,14 @@ def save(data: Dict[str, Any], path: str) -> None:
     wrong = validate(data)
     if wrong:
         raise ValueError("results: " + "; ".join(wrong))
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
+    write_json(data, path)
+
+
+def write_json(data: Any, path: str) -> None:
+    """Write a JSON file, all or nothing, into a folder that is made if need be."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     partial = f"{path}.partial"
-    with open(partial, "w") as file:
+    with open(partial, "w", encoding="utf-8") as file:
         json.dump(data, file, indent=1)
         file.write("\n")
     os.replace(partial, path)

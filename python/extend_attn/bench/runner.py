@@ -16,17 +16,29 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 
 STARTUP_S = 120.0  # importing torch and making a CUDA context, on a cold and busy machine
+WORKER = "extend_attn.bench.worker"
 PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 class WorkerProcess:
-    """A worker that is started when first asked and restarted after a crash or a kill. Not for concurrent calls."""
+    """A worker that is started when first asked and restarted after a crash or a kill. Not for concurrent calls, except
+    ``kill``."""
 
-    def __init__(self, device: str, *, limit_s: float = 60.0) -> None:
-        self.device, self.limit_s = device, limit_s
+    def __init__(
+        self,
+        device: str,
+        *,
+        limit_s: float = 60.0,
+        module: str = WORKER,
+        environment: Optional[Mapping[str, str]] = None,
+    ) -> None:
+        """module: run with ``python -m`` and the device; environment: what its processes get beside this one's."""
+        self.limit_s = limit_s
+        self.command: Sequence[str] = (sys.executable, "-m", module, device)
+        self.environment = dict(environment or {})
         self._child: Optional[subprocess.Popen] = None
         self._lines: queue.Queue[Optional[str]] = queue.Queue()
         self._log: Any = None
@@ -60,11 +72,11 @@ class WorkerProcess:
         return answer
 
     def _start(self) -> None:
-        environment = dict(os.environ)
+        environment = {**os.environ, **self.environment}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [PACKAGE_ROOT, environment.get("PYTHONPATH")]))
         self._log = tempfile.TemporaryFile(mode="w+")
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "extend_attn.bench.worker", self.device],
+            self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -87,15 +99,21 @@ class WorkerProcess:
         self.stop()
         return f"status {status}" + (f", {said[-1][:300]}" if said else "")
 
+    def kill(self) -> None:
+        """End the worker's processes from another thread: the call that waits for it fails, and cleans up."""
+        child = self._child
+        if child is not None:
+            try:
+                os.killpg(child.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
     def stop(self) -> None:
         """Kill the worker, if there is one."""
+        self.kill()
         child, self._child = self._child, None
         if child is None:
             return
-        try:
-            os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         child.wait()
         for pipe in (child.stdin, child.stdout):
             try:
@@ -121,7 +139,9 @@ def _pump(pipe: Any, lines: queue.Queue[Optional[str]]) -> None:
     lines.put(None)
 
 
-def compile_all(tasks: Iterable[Dict[str, Any]], device: str, jobs: int, limit_s: float) -> None:
+def compile_all(
+    tasks: Iterable[Dict[str, Any]], device: str, jobs: int, limit_s: float, *, module: str = WORKER
+) -> None:
     """Run each task's call once, in ``jobs`` workers side by side, so that what is timed later is compiled already.
 
     Failures say nothing here: the same task is measured afterwards, and says it then.
@@ -131,7 +151,7 @@ def compile_all(tasks: Iterable[Dict[str, Any]], device: str, jobs: int, limit_s
         waiting.put({**task, "op": "compile"})
 
     def serve() -> None:
-        with WorkerProcess(device, limit_s=limit_s) as worker:
+        with WorkerProcess(device, limit_s=limit_s, module=module) as worker:
             while True:
                 try:
                     task = waiting.get_nowait()

@@ -6,6 +6,8 @@ import json
 import os
 from typing import Any, Dict, List
 
+from .results import write_json
+
 SCHEMA = 1  # of the tables, see extend_attn.plan
 
 
@@ -47,8 +49,4 @@ def merge(path: str, arch: str, rows: List[Dict[str, Any]]) -> None:
             raise ValueError(f"table: {path} is for {table['arch']}, these plans were measured on {arch}")
     new = [(row["device"], row["problem"]) for row in rows]
     table["rows"] = [row for row in table["rows"] if (row["device"], row["problem"]) not in new] + rows
-    partial = f"{path}.partial"
-    with open(partial, "w") as file:
-        json.dump(table, file, indent=1)
-        file.write("\n")
-    os.replace(partial, path)
+    write_json(table, path)

@@ -11,6 +11,8 @@ import json
 import os
 import sys
 import time
+from functools import partial
+from statistics import median
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
@@ -21,21 +23,15 @@ from .data import Batch, make_batch
 from .problems import Row
 from .providers import OWN, PROVIDERS, Device, Skip
 
+HOST_BURST = 100  # calls; up to four launches each fit into the queue
 
-class Worker:
-    """Holds the tensors of the row in hand, so that its providers share them and the reference is computed once."""
+
+class TaskWorker:
+    """Answers tasks by the name in ``op``; whatever goes wrong in one is its answer."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._batch: Optional[Batch] = None
-        self._tasks: Dict[str, Callable[[dict], dict]] = {
-            "hello": self.hello,
-            "ceilings": self.ceilings,
-            "plans": self.plans,
-            "compile": self.compile,
-            "measure": self.measure,
-            "hang": self.hang,
-        }
+        self._tasks: Dict[str, Callable[[dict], dict]] = {"hello": self.hello, "hang": self.hang}
 
     def answer(self, task: dict) -> dict:
         """One task's result: its fields, or ``skipped`` or ``failed`` with the reason."""
@@ -57,14 +53,51 @@ class Worker:
             versions["triton"] = triton.__version__
         except ImportError:
             pass
-        for name in task.get("providers", ()):
-            versions.update(PROVIDERS[name].versions())
         answer = {"device": facts.name, "type": facts.type, "versions": versions}
         if facts.type == "cuda":
             from ..devices import device_spec
 
             spec = device_spec(self.device)
             answer.update(arch=spec.arch, sm_count=spec.sm_count)
+        return answer
+
+    def hang(self, task: dict) -> dict:
+        """Never answers within the asked seconds: what the runner's time limit is tested with."""
+        time.sleep(task["seconds"])
+        return {}
+
+    def _device(self) -> Device:
+        if self.device.type == "cuda":
+            found = torch.cuda.get_device_properties(self.device)
+            return Device("cuda", found.name, (found.major, found.minor))
+        return Device("cpu", cpu_name())
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _device_works(self) -> bool:
+        """After some errors (an illegal address) every later CUDA call of the process fails."""
+        try:
+            self._synchronize()
+            return True
+        except RuntimeError:
+            return False
+
+
+class Worker(TaskWorker):
+    """Holds the tensors of the row in hand, so that its providers share them and the reference is computed once."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._batch: Optional[Batch] = None
+        own = (self.ceilings, self.plans, self.compile, self.measure, self.host)
+        self._tasks.update((task.__name__, task) for task in own)
+
+    def hello(self, task: dict) -> dict:
+        answer = super().hello(task)
+        for name in task.get("providers", ()):
+            answer["versions"].update(PROVIDERS[name].versions())
         return answer
 
     def ceilings(self, task: dict) -> dict:
@@ -113,10 +146,23 @@ class Worker:
             return {**answer, "failed": f"wrong result after graph replay: {again}"}
         return answer
 
-    def hang(self, task: dict) -> dict:
-        """Never answers within the asked seconds: what the runner's time limit is tested with."""
-        time.sleep(task["seconds"])
-        return {}
+    def host(self, task: dict) -> dict:
+        """Check, then time what an eager call costs the host: repeated, and with lengths that were not seen before."""
+        row = Row.from_json(task["row"])
+        provider = self._provider(task, row)
+        batch = make_batch(row, self.device, num_sets=1)
+        prepared = provider.prepare(batch, task.get("plan"))
+        batch.poison()
+        error = error_of(prepared.rows(prepared.run(0)), batch.expected())
+        answer = {"plan": prepared.plan, "error": error.max}
+        if error.wrong:
+            return {**answer, "failed": f"wrong result: {error}"}
+        call, other = prepared.call or partial(prepared.run, 0), prepared.other_lengths
+        answer["us_host"] = timing.host_us([call] * HOST_BURST, self._synchronize)
+        if other is not None:
+            each = [timing.host_us([other(n)], self._synchronize, bursts=1) for n in range(1, HOST_BURST + 1)]
+            answer["us_other_lengths"] = median(each)  # some begin a bucket of lengths, and are planned
+        return answer
 
     def _provider(self, task: dict, row: Row) -> Any:
         provider = PROVIDERS[task.get("provider", OWN)]
@@ -134,24 +180,6 @@ class Worker:
             self._batch = make_batch(row, self.device)
         return self._batch
 
-    def _device(self) -> Device:
-        if self.device.type == "cuda":
-            found = torch.cuda.get_device_properties(self.device)
-            return Device("cuda", found.name, (found.major, found.minor))
-        return Device("cpu", cpu_name())
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _device_works(self) -> bool:
-        """After some errors (an illegal address) every later CUDA call of the process fails."""
-        try:
-            self._synchronize()
-            return True
-        except RuntimeError:
-            return False
-
 
 def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -166,17 +194,22 @@ def cpu_name() -> str:
         return "CPU"
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    device = torch.device((sys.argv[1:] if argv is None else argv)[0])
+def serve(make_worker: Callable[[], TaskWorker]) -> int:
+    """Answer the tasks that standard input brings, until it ends or an answer is ``fatal``; the exit status."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    worker = Worker(device)
+    worker = make_worker()
     for line in sys.stdin:
         answer = worker.answer(json.loads(line))
         print(json.dumps(answer), file=answers, flush=True)
         if answer.get("fatal"):
             return 1
     return 0
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    device = torch.device((sys.argv[1:] if argv is None else argv)[0])
+    return serve(lambda: Worker(device))
 
 
 if __name__ == "__main__":

@@ -99,14 +99,22 @@ def _triton_problems(version: Optional[str]) -> List[str]:
 
 def folders() -> Dict[str, str]:
     """Where kernels are kept and measured plans are read from."""
+    from extend_attn.comm import policy
     from extend_attn.plan import tables
 
     home = os.environ.get("TRITON_HOME", os.path.expanduser("~"))
     return {
         "compiled kernels": os.environ.get("TRITON_CACHE_DIR", os.path.join(home, ".triton", "cache")),
-        "user's table": tables.user_table_path() or f"none ({tables.user_folder() / tables.USER_FILE} is not there)",
+        "user's table": tables.user_table_path() or _absent(tables.USER_FILE),
         "measured tables": str(tables.PACKAGED),
+        "user's all-reduce": tables.user_file(None, policy.ENVIRONMENT, policy.USER_FILE) or _absent(policy.USER_FILE),
     }
+
+
+def _absent(name: str) -> str:
+    from extend_attn.plan import tables
+
+    return f"none ({tables.user_folder() / name} is not there)"
 
 
 def _lines(data: Dict[str, Any]) -> List[str]:

@@ -11,10 +11,12 @@ from ..inputs import Inputs
 from ..plan.tile import Plan
 from ..problem import Problem
 from . import launch_plain
+from .bound import bind, remember
 from .compat import INTERPRETED, OutOfResources
 from .recipe import Recipe
+from .workspace import workspaces
 
-__all__ = ["KernelNotLoaded", "OutOfResources", "Recipe", "kernels_of", "launch", "recipe_of"]
+__all__ = ["KernelNotLoaded", "OutOfResources", "Recipe", "bind", "kernels_of", "launch", "recipe_of"]
 
 
 class KernelNotLoaded(RuntimeError):
@@ -25,7 +27,7 @@ def launch(plan: Plan, inputs: Inputs, problem: Problem, recipe: Optional[Recipe
     """Enqueues the kernels of ``plan`` on the current stream of the inputs' device.
 
     Returns what was launched: (kernel, grid, arguments, constants) each. ``recipe`` is that of the plan and inputs, if
-    it is there already.
+    it is there already; its kernels are kept for ``bind``.
 
     Raises ``OutOfResources`` (nothing enqueued) if the tile does not fit the device, ``KernelNotLoaded``
     (nothing enqueued) if the stream is capturing and a kernel is not loaded yet.
@@ -42,22 +44,26 @@ def launch(plan: Plan, inputs: Inputs, problem: Problem, recipe: Optional[Recipe
 
 
 def _launch(plan: Plan, inputs: Inputs, problem: Problem, recipe: Optional[Recipe]) -> List[tuple]:
+    repeats = recipe is not None
     recipe = recipe_of(plan, inputs, problem) if recipe is None else recipe
     kernels = kernels_of(plan, inputs, problem, recipe)
     if not INTERPRETED and torch.cuda.is_current_stream_capturing():
         _require_loaded(kernels)
     for kernel, (_, _, arguments, _) in zip(recipe.kernels, kernels):
         # what kernel[grid](...) does
-        kernel.function.run(*arguments, *kernel.values, grid=kernel.grid, warmup=False, **kernel.options)
+        compiled = kernel.function.run(*arguments, *kernel.values, grid=kernel.grid, warmup=False, **kernel.options)
+        if repeats:
+            remember(kernel, arguments, compiled, inputs.q.device)
     return kernels
 
 
 def kernels_of(plan: Plan, inputs: Inputs, problem: Problem, recipe: Optional[Recipe] = None) -> List[tuple]:
     """(kernel, grid, arguments, constants) of each launch that ``plan`` takes, in order."""
     recipe = recipe_of(plan, inputs, problem) if recipe is None else recipe
+    own = workspaces(recipe.workspaces, inputs.q.device)
     return [
         (kernel.function, kernel.grid, [*tensors, *kernel.numbers], kernel.constants)
-        for kernel, tensors in zip(recipe.kernels, recipe.tensors(inputs))
+        for kernel, tensors in zip(recipe.kernels, recipe.tensors(inputs, *own))
     ]
 
 

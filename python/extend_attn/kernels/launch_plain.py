@@ -16,6 +16,9 @@ from .combine import combine_kernel
 from .compat import CAN_PDL, launch_options, tensor_descriptor
 from .extend import extend_kernel
 from .recipe import NUM_TENSORS, Kernel, Recipe, features, kernel, scalars, strides
+from .workspace import Workspace
+
+COMBINE_ELEMENTS = 16384  # of partial results in one step of a combine program: 64 splits at head dim 256
 
 
 def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
@@ -57,20 +60,20 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     )
     if splits == 1:
         return Recipe((extend,), functools.partial(_tensors, boxes))
-    combine, sizes = combine_after(plan, inputs, problem, block_dv, tiles, row_blocks, pdl)
-    return Recipe((extend, combine), functools.partial(_tensors_of_splits, boxes, sizes))
+    combine, workspaces = combine_after(plan, inputs, problem, block_dv, tiles, row_blocks, pdl)
+    return Recipe((extend, combine), functools.partial(_tensors_of_splits, boxes), workspaces)
 
 
 def combine_after(
     plan: Plan, inputs: Inputs, problem: Problem, block_dv: int, tiles: int, row_blocks: int, pdl: bool,
     shape: Optional[Tuple[int, int]] = None,
-) -> Tuple[Kernel, Tuple[int, int]]:  # fmt: skip
+) -> Tuple[Kernel, Tuple[Workspace, ...]]:  # fmt: skip
     """The combine kernel after ``plan.split_kv`` splits of so many tiles, or after ``plan.programs`` even shares of
-    them all, and the elements of its two workspaces: the parts' results, their maxima and sums. ``shape``: rows of a
-    tile and rows a token (None: a packed tile's)."""
+    them all, and its workspaces: the parts' results, their maxima and sums, and which programs had a share of a tile
+    (a single element after splits, which know). ``shape``: rows of a tile and rows a token (None: a packed tile's)."""
     block_m, rows = shape or (plan.tile.block_m, problem.group)
     splits = plan.split_kv
-    most = splits if plan.programs == 0 else plan.programs
+    chunk = max(2, min(triton.next_power_of_2(plan.programs or splits), COMBINE_ELEMENTS // block_dv))
     constants = dict(
         NUM_HEADS=problem.num_q_heads,
         HEAD_DIM_V=problem.head_dim_v,
@@ -79,7 +82,7 @@ def combine_after(
         LSE=problem.return_lse,
         BLOCK_M=block_m,
         ROWS=rows,
-        CHUNK=max(2, min(triton.next_power_of_2(most), 4096 // block_dv)),
+        CHUNK=chunk,
         PDL=pdl,
         EVEN=plan.programs > 0,
     )
@@ -88,16 +91,12 @@ def combine_after(
         tiles * block_m,
         (*strides(inputs.o), splits, row_blocks),
         constants,
-        num_warps=4,
+        num_warps=4 if chunk * block_dv <= COMBINE_ELEMENTS // 2 else 8,
         **launch_options(pdl),
     )
     slots = (2 * plan.programs or tiles * splits) * block_m
-    return combine, (slots * block_dv, slots * 2)
-
-
-def workspaces(sizes: Tuple[int, int], device: torch.device) -> List[torch.Tensor]:
-    """The splits' results and their maxima and sums, for one call."""
-    return [torch.empty(n, dtype=torch.float32, device=device) for n in sizes]
+    shares = Workspace("shares", 2 * tiles if plan.programs else 1, torch.int32)
+    return combine, (Workspace("partial", slots * block_dv), Workspace("partial_ml", slots * 2), shares)
 
 
 Boxes = Optional[Tuple[List[int], List[int]]]  # the shapes of the TMA boxes of K and V
@@ -107,9 +106,9 @@ def _tensors(boxes: Boxes, inputs: Inputs) -> Tuple[List[object], ...]:
     return (_extend_tensors(inputs, boxes, None, None),)
 
 
-def _tensors_of_splits(boxes: Boxes, sizes: Tuple[int, int], inputs: Inputs) -> Tuple[List[object], ...]:
-    partial, partial_ml = workspaces(sizes, inputs.q.device)
-    combine = [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, partial, partial_ml, None]
+def _tensors_of_splits(boxes: Boxes, inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
+    partial, partial_ml, _ = parts
+    combine = [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, *parts]
     return _extend_tensors(inputs, boxes, partial, partial_ml), combine
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ..inputs import Inputs
 from ..problem import Problem
+from .workspace import Workspace
 
 LOG2E = math.log2(math.e)
 NUM_TENSORS = Inputs._fields.index("batch_size")
@@ -33,12 +34,14 @@ class Kernel(NamedTuple):
 class Recipe(NamedTuple):
     """All that a plan launches but the tensors: the same for all calls of one problem with these scalars and strides.
 
-    ``tensors`` gives each kernel's leading arguments for one call, in the order of ``kernels``; workspaces are made
-    there, from the caching allocator: per stream when eager, the graph's own under capture.
+    ``tensors(inputs, *workspaces)`` gives each kernel's leading arguments for one call, in the order of ``kernels``. A
+    parameter that is a tensor of Inputs bears its name there, so that a launch can be repeated from addresses
+    (bound.py); memory beside those is in ``workspaces``.
     """
 
     kernels: Tuple[Kernel, ...]
-    tensors: Callable[[Inputs], Tuple[List[object], ...]]
+    tensors: Callable[..., Tuple[List[object], ...]]
+    workspaces: Tuple[Workspace, ...] = ()
 
 
 def kernel(function: Any, programs: int, numbers: tuple, constants: Dict[str, Any], **options: Any) -> Kernel:

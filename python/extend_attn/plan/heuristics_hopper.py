@@ -6,9 +6,18 @@ from typing import Optional
 
 from ..problem import ELEMENT_SIZE, Problem, bucket
 from .device import DeviceSpec
-from .legality_hopper import PACKED_ROWS_MAX, hopper_shared_memory, packed_blocks, packed_held, packed_held_max
+from .legality_hopper import (
+    PACKED_ROWS_MAX,
+    hopper_illegal,
+    hopper_shared_memory,
+    packed_blocks,
+    packed_held,
+    packed_held_max,
+)
 from .tile import BLOCK_M_MIN, STAGES_MAX, Plan, Tile
 
+# Up to this many new tokens a sequence hopper_packed is the default: the plain packed family's own limit.
+HOPPER_PACKED_MAX_LEN_EXTEND = 16
 PACKED_BLOCK_N = 64
 RING_BYTES = 96 * 1024  # three tiles of 64 keys at head dim 256; more in flight gains nothing
 STAGES_MIN = 3
@@ -19,7 +28,10 @@ SPLIT_MAX = 64
 
 def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan]:
     """The Hopper family's plan where one was measured to be faster than the plain families; None elsewhere."""
-    return None
+    if problem.max_len_extend > HOPPER_PACKED_MAX_LEN_EXTEND or problem.batch_invariant:
+        return None
+    plan = hopper_packed_plan(problem, device)
+    return plan if hopper_illegal(problem, plan, device) is None else None
 
 
 def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:

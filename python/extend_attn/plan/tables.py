@@ -19,7 +19,7 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, TypeVar
 
 from ..problem import Problem
 from .device import DeviceSpec
@@ -55,16 +55,9 @@ class Row:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
         """The Row of a dict; ValueError or TypeError names a missing or wrong field; further keys are ignored."""
-        if not isinstance(data, Mapping):
-            raise TypeError(f"expected a JSON object, got {type(data).__name__}")
-        for name, kind in _FIELDS.items():
-            if name not in data:
-                raise ValueError(f"{name}: missing")
-            if not isinstance(data[name], kind) or isinstance(data[name], bool):
-                raise TypeError(f"{name}: got {data[name]!r}")
+        values = fields_of(data, _FIELDS)
         if not data["us"] > 0:
             raise ValueError(f"us: got {data['us']}; a time is positive")
-        values = {name: data[name] for name in _FIELDS}
         values.update(problem=Problem.from_json(data["problem"]), plan=Plan.from_json(data["plan"]))
         return cls(**values)
 
@@ -151,15 +144,31 @@ def _octaves(a: int, b: int) -> int:
 @lru_cache(maxsize=64)
 def load(path: str) -> Table:
     """The table of a file. ValueError names the file and, where there is one, the row and the field that is wrong."""
+    return parse(read(path), path)
+
+
+def read(path: str) -> str:
+    """A table file's text; ValueError where it cannot be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"table: cannot read {path}: {error.strerror or error}") from error
-    return parse(text, path)
 
 
 def parse(text: str, path: str) -> Table:
     """The table of a file's text; ``path`` is for messages and for the name."""
+    data, rows = parse_rows(text, path, Row.from_json)
+    arch = data.get("arch")
+    if arch is not None and not isinstance(arch, str):
+        raise ValueError(f"table: {path}: arch: got {arch!r}; expected text such as 'sm_90'")
+    return Table(os.path.basename(path), arch, rows)
+
+
+T = TypeVar("T")
+
+
+def parse_rows(text: str, path: str, row_of: Callable[[Any], T]) -> Tuple[Dict[str, Any], Tuple[T, ...]]:
+    """The JSON object of a table file's text, and ``row_of`` of each of its rows; errors as ``load`` raises them."""
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -168,18 +177,27 @@ def parse(text: str, path: str) -> Table:
         raise ValueError(f"table: {path}: expected a JSON object, got {type(data).__name__}")
     if data.get("schema") != SCHEMA:
         raise ValueError(f"table: {path}: schema is {data.get('schema')!r}; this version reads schema {SCHEMA}")
-    arch = data.get("arch")
-    if arch is not None and not isinstance(arch, str):
-        raise ValueError(f"table: {path}: arch: got {arch!r}; expected text such as 'sm_90'")
     if not isinstance(data.get("rows"), list):
         raise ValueError(f"table: {path}: rows: expected a list, got {data.get('rows')!r}")
     rows = []
     for number, row in enumerate(data["rows"]):
         try:
-            rows.append(Row.from_json(row))
+            rows.append(row_of(row))
         except (TypeError, ValueError) as error:
             raise ValueError(f"table: {path}: row {number}: {error}") from error
-    return Table(os.path.basename(path), arch, tuple(rows))
+    return data, tuple(rows)
+
+
+def fields_of(data: Any, kinds: Mapping[str, Any]) -> Dict[str, Any]:
+    """The values of a row's fields; ValueError or TypeError names a missing or wrong one; further keys are ignored."""
+    if not isinstance(data, Mapping):
+        raise TypeError(f"expected a JSON object, got {type(data).__name__}")
+    for name, kind in kinds.items():
+        if name not in data:
+            raise ValueError(f"{name}: missing")
+        if not isinstance(data[name], kind) or isinstance(data[name], bool):
+            raise TypeError(f"{name}: got {data[name]!r}")
+    return {name: data[name] for name in kinds}
 
 
 def packaged_table(device: DeviceSpec) -> Optional[Table]:
@@ -189,19 +207,25 @@ def packaged_table(device: DeviceSpec) -> Optional[Table]:
 
 
 def user_table_path(argument: Optional[str] = None) -> Optional[str]:
-    """The user's table file: the argument, else ``EXTEND_ATTN_TABLE``, else ``table.json`` in the config folder.
+    """The user's table of measured plans, as ``user_file`` finds it."""
+    return user_file(argument, ENVIRONMENT, USER_FILE)
+
+
+def user_file(argument: Optional[str], variable: str, name: str) -> Optional[str]:
+    """A table file of the user's: the argument, else what the environment variable names, else ``name`` in the config
+    folder.
 
     None without any of them. Only the last may name a file that is not there.
     """
-    named = argument or os.environ.get(ENVIRONMENT)
+    named = argument or os.environ.get(variable)
     if named:
         return os.path.expanduser(named)
-    return _config_file(os.environ.get("XDG_CONFIG_HOME"))
+    return _config_file(os.environ.get("XDG_CONFIG_HOME"), name)
 
 
 @lru_cache(maxsize=8)
-def _config_file(config_home: Optional[str]) -> Optional[str]:
-    path = user_folder() / USER_FILE
+def _config_file(config_home: Optional[str], name: str) -> Optional[str]:
+    path = user_folder() / name
     return str(path) if path.is_file() else None
 
 

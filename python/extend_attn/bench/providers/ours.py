@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 from .base import OWN, Prepared, Provider
@@ -11,11 +12,16 @@ if TYPE_CHECKING:
     from ..data import Batch
 
 
+KV_INDICES, MAX_LEN_EXTEND = 8, 12  # their places among the arguments
+
+
 class Ours(Provider):
     name = OWN
     what = "this library; --plan, --sweep and --candidates choose its plan"
 
     def prepare(self, batch: Batch, plan: Optional[Any] = None) -> Prepared:
+        import torch
+
         from extend_attn.attention import extend_attention_fwd, prepare
 
         options = dict(sliding_window_size=batch.window, plan=plan)
@@ -28,7 +34,22 @@ class Ours(Provider):
         run(0)  # a tile that does not fit after all is replaced in the first call; the plan is read after it
         _, problem, chosen = prepare(*calls[0], **options)
         on_gpu = batch.device.type == "cuda"  # a CPU runs the reference, with no plan
-        return Prepared(run=run, plan=plan_json(chosen) if on_gpu else None, problem=problem.to_json())
+
+        def other_lengths(n: int):
+            """As in an engine's next step: a longer array of slots, or, without a prefix, another bound."""
+            longer = [*calls[0]]
+            slots = longer[KV_INDICES]
+            longer[KV_INDICES] = torch.cat([slots, slots[:n]])
+            longer[MAX_LEN_EXTEND] += n * (batch.row.prefix == 0)
+            return partial(extend_attention_fwd, *longer, **options)
+
+        return Prepared(
+            run=run,
+            plan=plan_json(chosen) if on_gpu else None,
+            problem=problem.to_json(),
+            call=partial(extend_attention_fwd, *calls[0], **options),
+            other_lengths=other_lengths,
+        )
 
     def versions(self) -> Dict[str, str]:
         from extend_attn import __version__

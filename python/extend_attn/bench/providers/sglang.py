@@ -8,6 +8,7 @@ tile that its host function looks up, and the ``num_stages`` of its launch, are 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Tuple
 
@@ -55,12 +56,16 @@ class Sglang(Provider):
             sizes, stages = rule(row, torch.cuda.get_device_capability(batch.device), legacy=self.tile == "legacy")
             used = {"block_m": sizes[3], "block_n": sizes[4], "num_warps": sizes[5], "num_stages": stages}
 
+        def call(i: int) -> None:
+            module.extend_attention_fwd(*batch.arguments(i), sliding_window_size=batch.window)
+
         def run(i: int) -> torch.Tensor:
             with tile_of(module, sizes, stages):
-                module.extend_attention_fwd(*batch.arguments(i), sliding_window_size=batch.window)
+                call(i)
             return batch.sets[i].o
 
-        return Prepared(run=run, plan={"tile": used, "source": f"sglang {self.tile}"})
+        plan = {"tile": used, "source": f"sglang {self.tile}"}
+        return Prepared(run=run, plan=plan, call=partial(call, 0) if sizes is None else None)
 
     def versions(self) -> Dict[str, str]:
         try:

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .gather import exists_of, slots_of
-from .gluon_compat import constexpr_function, view_as_words
+from .gluon_compat import constexpr_function, reinterpret
 from .shares import next_work
 
 E4M3 = gl.constexpr(1)
@@ -81,7 +81,9 @@ def _put_codes(slot, words, COLUMN: gl.constexpr, KIND: gl.constexpr, HALF: gl.c
         ASSEMBLY, "=r,=r,r", [words], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
     )
     pairs = gl.join(low, high).reshape([words.shape[0], words.shape[1] * 2])
-    view_as_words(slot).slice(COLUMN // 2, words.shape[1] * 2, 1).store(pairs)
+    WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
+    in_words = reinterpret(slot, gl.int32, [slot.shape[0], slot.shape[1] // 2], WORDS)
+    in_words.slice(COLUMN // 2, words.shape[1] * 2, 1).store(pairs)
 
 
 @gluon.jit

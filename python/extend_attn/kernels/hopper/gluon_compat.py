@@ -26,30 +26,5 @@ def struct(cls):
     return aggregate(cls)
 
 
-if hasattr(gl.shared_memory_descriptor, "reinterpret"):  # 3.9; a private name before
-
-    @gluon.jit
-    def view_as(slot, dtype: gl.constexpr):
-        """The same shared memory in another type of that size."""
-        return slot.reinterpret(dtype, slot.shape, slot.layout)
-
-    @gluon.jit
-    def view_as_words(slot):
-        """Shared memory of 16-bit elements [rows, columns] as 32-bit words [rows, columns / 2]."""
-        WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
-        return slot.reinterpret(gl.int32, [slot.shape[0], slot.shape[1] // 2], WORDS)
-
-else:
-
-    @gluon.jit
-    def view_as(slot, dtype: gl.constexpr):
-        return slot._reinterpret(dtype, slot.shape, slot.layout)
-
-    @gluon.jit
-    def view_as_words(slot):
-        WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
-        return slot._reinterpret(gl.int32, [slot.shape[0], slot.shape[1] // 2], WORDS)
-
-
 # (memory, type, shape, layout): the same shared memory seen as something else
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret

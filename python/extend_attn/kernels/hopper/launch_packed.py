@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -12,7 +11,7 @@ from ...plan.legality_hopper import is_fp8, packed_blocks, packed_registers, v_i
 from ...plan.tile import Plan
 from ...problem import Problem
 from ..compat import launch_options
-from ..launch_plain import combine_after, workspaces
+from ..launch_plain import combine_after
 from ..recipe import NUM_TENSORS, Recipe, features, kernel, scalars, strides
 from .packed import packed_kernel
 
@@ -50,23 +49,19 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     if splits == 1 and plan.programs == 0:
         return Recipe((packed,), _tensors)
     block_dv = constants["BLOCK_D"]
-    combine, sizes = combine_after(plan, inputs, problem, block_dv, tiles, row_blocks, plan.pdl)
-    return Recipe((packed, combine), functools.partial(_tensors_of_parts, sizes, 2 * tiles if plan.programs else 0))
+    combine, workspaces = combine_after(plan, inputs, problem, block_dv, tiles, row_blocks, plan.pdl)
+    return Recipe((packed, combine), _tensors_of_parts, workspaces)
 
 
 def _tensors(inputs: Inputs) -> Tuple[List[object], ...]:
-    return (_packed_tensors(inputs, [None, None, None]),)
+    return (_packed_tensors(inputs, (None, None, None)),)
 
 
-def _tensors_of_parts(sizes: Tuple[int, int], shares: int, inputs: Inputs) -> Tuple[List[object], ...]:
-    device = inputs.q.device
-    parts: List[object] = [*workspaces(sizes, device), None]
-    if shares:
-        parts[-1] = torch.empty(shares, dtype=torch.int32, device=device)
+def _tensors_of_parts(inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
     return _packed_tensors(inputs, parts), [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, *parts]
 
 
-def _packed_tensors(inputs: Inputs, parts: List[object]) -> List[object]:
+def _packed_tensors(inputs: Inputs, parts: Sequence[Optional[torch.Tensor]]) -> List[object]:
     """With ``_numbers``, the one place that knows the order of packed_kernel's arguments."""
     (q, k_new, v_new, o, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr, sinks,
      window_offsets, q_positions, lse) = inputs[:NUM_TENSORS]  # fmt: skip

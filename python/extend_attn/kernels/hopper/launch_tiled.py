@@ -13,7 +13,7 @@ from ...inputs import Inputs
 from ...plan.legality_hopper_tiled import ROWS, tiled_blocks
 from ...plan.tile import Plan
 from ...problem import Problem
-from ..launch_plain import combine_after, workspaces
+from ..launch_plain import combine_after
 from ..recipe import Recipe, features, kernel, scalars, strides
 from .tiled import tiled_kernel
 
@@ -72,8 +72,8 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     row_blocks *= 1 if heads == 2 else 2
     tiles = row_blocks * problem.batch_size * problem.num_q_heads
     width = block_dv * slices
-    combine, sizes = combine_after(plan, inputs, problem, width, tiles, row_blocks, plan.pdl, shape=(ROWS, 1))
-    return Recipe((tiled, combine), functools.partial(_tensors_of_splits, boxes, sizes))
+    combine, workspaces = combine_after(plan, inputs, problem, width, tiles, row_blocks, plan.pdl, shape=(ROWS, 1))
+    return Recipe((tiled, combine), functools.partial(_tensors_of_splits, boxes), workspaces)
 
 
 _FEATURES = (
@@ -95,9 +95,9 @@ def _tensors(boxes: Boxes, inputs: Inputs) -> Tuple[List[object], ...]:
     return (_tiled_tensors(boxes, inputs, None, None),)
 
 
-def _tensors_of_splits(boxes: Boxes, sizes: Tuple[int, int], inputs: Inputs) -> Tuple[List[object], ...]:
-    partial, partial_ml = workspaces(sizes, inputs.q.device)
-    combine = [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, partial, partial_ml]
+def _tensors_of_splits(boxes: Boxes, inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
+    partial, partial_ml, _ = parts
+    combine = [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, *parts]
     return _tiled_tensors(boxes, inputs, partial, partial_ml), combine
 
 

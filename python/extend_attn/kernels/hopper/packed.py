@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .epilogue import store_part, store_result
 from .fp8_rows import produce_fp8
 from .gather import produce
-from .gluon_compat import view_as
+from .gluon_compat import reinterpret
 from .packed_work import Call, Shape, key_index, key_positions, tile_keys
 from .ring import Ring, barriers
 from .shares import Share, even_share, next_work
@@ -101,10 +101,10 @@ def _load_query(call, work, shape, q_tile, COLUMN: gl.constexpr):
 @gluon.jit
 def _fold_values(acc, p, alpha, slot, p_tile, kind: gl.constexpr):
     """O^T * alpha + V^T P^T, with P in type ``kind``, which is V's."""
-    weights = view_as(p_tile, kind)
+    weights = reinterpret(p_tile, kind, p_tile.shape, p_tile.layout)
     weights.store(gl.permute(p.to(kind), (1, 0)))
     fence_async_shared()
-    values = view_as(slot, kind)
+    values = reinterpret(slot, kind, slot.shape, slot.layout)
     product = warpgroup_mma(values.permute((1, 0)), weights.permute((1, 0)), acc * alpha[None, :], is_async=True)
     return warpgroup_mma_wait(0, [product])
 

@@ -1,0 +1,1 @@
+"""Collectives of tensor parallelism. Importing this package imports no torch."""
