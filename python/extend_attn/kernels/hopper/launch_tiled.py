@@ -108,9 +108,8 @@ def _tiled_tensors(
     rows = [i.q if t is None else t for t in (i.q, i.k_new, i.v_new)]  # a unified call has no new ones: never used
     return [
         *(ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
-        i.q if i.k_pool is None else i.k_pool, i.q if i.v_pool is None else i.v_pool, i.o, i.lse,
-        i.qo_indptr, i.kv_indptr, i.kv_indices, i.prefix_lens, i.sinks, i.window_offsets, i.q_positions,
-        partial, partial_ml,
+        i.k_pool, i.v_pool, i.o, i.lse, i.qo_indptr, i.kv_indptr, i.kv_indices, i.prefix_lens, i.sinks,
+        i.window_offsets, i.q_positions, partial, partial_ml,
     ]  # fmt: skip
 
 

@@ -253,8 +253,8 @@ def tiled_kernel(
         gl.to_tensor(log2_temperature_len),
     )  # fmt: skip
     sources = Sources(
-        q_desc, k_desc, v_desc, k_pool, v_pool, kv_indices, gl.to_tensor(stride_ks), gl.to_tensor(stride_kg),
-        gl.to_tensor(stride_vs), gl.to_tensor(stride_vg),
+        q_desc, k_desc, v_desc, k_pool if HAS_POOL else o, v_pool if HAS_POOL else o, kv_indices,
+        gl.to_tensor(stride_ks), gl.to_tensor(stride_kg), gl.to_tensor(stride_vs), gl.to_tensor(stride_vg),
     )  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, K_COLUMNS], dtype)
