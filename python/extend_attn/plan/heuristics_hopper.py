@@ -77,7 +77,7 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
 
 
 def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool) -> int:
-    """Programs that share the keys of one block of rows: one if the blocks fill the GPU, or a window makes them short."""
+    """Programs that share the keys of a block of rows: one if blocks fill the GPU, or a window makes them short."""
     if problem.sliding_window > 0:
         return 1
     tokens = ROWS if pack else 2 * ROWS
