@@ -47,10 +47,10 @@ FEATURES: Dict[str, dict] = {
     "unified": dict(unified=True, index_dtype="int32"),
 }
 NEW_TOKENS = {"packed": 4, "tiled": 512}  # the lengths for which each family is the default
-# What each Hopper family is compiled for. The tiled one has no kernel for latent values, masks and fp8 pools.
+# What each Hopper family is compiled for. The tiled one has no kernel for latent values and masks.
 HOPPER = {
     "hopper_packed": (HEAD_DIMS, tuple(FEATURES)),
-    "hopper_tiled": (HEAD_DIMS[:5], ("plain", "window", "unified")),
+    "hopper_tiled": (HEAD_DIMS[:5], ("plain", "window", "unified", "fp8")),
 }
 SPILLS_MAX = 128  # bytes a thread that a Hopper kernel may spill: MLA's 64 rows of 512 columns do, and fp8 beside it
 
