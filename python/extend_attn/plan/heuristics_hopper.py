@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Tuple
 
 from ..problem import ELEMENT_SIZE, Problem, bucket
 from .device import DeviceSpec
@@ -17,6 +17,8 @@ from .legality_hopper import (
 from .legality_hopper_tiled import ROWS, tiled_blocks
 from .tile import BLOCK_M_MIN, STAGES_MAX, Plan, Tile
 
+# Families that passed the contract tests on a GPU; no other is chosen by default.
+PROVEN: Tuple[str, ...] = ()
 # Up to this many new tokens a sequence hopper_packed is the default: the plain packed family's own limit.
 HOPPER_PACKED_MAX_LEN_EXTEND = 16
 PACKED_BLOCK_N = 64
@@ -33,7 +35,7 @@ def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan
     if problem.max_len_extend > HOPPER_PACKED_MAX_LEN_EXTEND or problem.batch_invariant:
         return None
     plan = hopper_packed_plan(problem, device)
-    return plan if hopper_illegal(problem, plan, device) is None else None
+    return plan if plan.family in PROVEN and hopper_illegal(problem, plan, device) is None else None
 
 
 def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
