@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from modes import GPU
 
 from extend_attn.plan import DeviceSpec, Plan, Tile, illegal, select, shared_memory_bytes
 from extend_attn.plan.heuristics import heuristic
+from extend_attn.plan.select import forget
 from extend_attn.problem import Problem
 
 FAMILY = "hopper_tiled"
@@ -231,3 +233,13 @@ def test_few_blocks_split_their_keys():
 def test_elsewhere_the_plain_family_runs(device):
     assert illegal(CHUNK, Plan(FAMILY, Tile(128, 64, 8, 2)), device) is not None
     assert select(CHUNK, device).family == "tiled"
+
+
+def test_it_is_the_default_where_it_is_proven_and_blocks_are_full(monkeypatch):
+    monkeypatch.setattr("extend_attn.plan.heuristics_hopper.PROVEN", (FAMILY,))
+    monkeypatch.setattr("extend_attn.plan.tables.PACKAGED", Path("no tables"))
+    forget()
+    assert select(CHUNK, H100).family == FAMILY
+    assert select(replace(CHUNK, max_len_extend=32), H100).family == "tiled"
+    assert select(replace(CHUNK, custom_mask=True), H100).family == "tiled"
+    forget()

@@ -21,6 +21,8 @@ from .tile import BLOCK_M_MIN, STAGES_MAX, Plan, Tile
 PROVEN: Tuple[str, ...] = ()
 # Up to this many new tokens a sequence hopper_packed is the default: the plain packed family's own limit.
 HOPPER_PACKED_MAX_LEN_EXTEND = 16
+# From this many on hopper_tiled is: below it a consumer's 64 rows are not full.
+HOPPER_TILED_MIN_LEN_EXTEND = 64
 PACKED_BLOCK_N = 64
 RING_BYTES = 96 * 1024  # three tiles of 64 keys at head dim 256; more in flight gains nothing
 STAGES_MIN = 3
@@ -32,9 +34,14 @@ MIN_SPLIT_TILES, TILED_SPLIT_MAX = 4, 16  # of hopper_tiled, whose parts are who
 
 def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan]:
     """The Hopper family's plan where one was measured to be faster than the plain families; None elsewhere."""
-    if problem.max_len_extend > HOPPER_PACKED_MAX_LEN_EXTEND or problem.batch_invariant:
+    if problem.batch_invariant:
         return None
-    plan = hopper_packed_plan(problem, device)
+    if problem.max_len_extend <= HOPPER_PACKED_MAX_LEN_EXTEND:
+        plan = hopper_packed_plan(problem, device)
+    elif problem.max_len_extend >= HOPPER_TILED_MIN_LEN_EXTEND:
+        plan = hopper_tiled_plan(problem, device)
+    else:
+        return None
     return plan if plan.family in PROVEN and hopper_illegal(problem, plan, device) is None else None
 
 
