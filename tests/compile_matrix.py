@@ -47,12 +47,14 @@ FEATURES: Dict[str, dict] = {
     "unified": dict(unified=True, index_dtype="int32"),
 }
 NEW_TOKENS = {"packed": 4, "tiled": 512}  # the lengths for which each family is the default
-# What each Hopper family is compiled for. The tiled one has no kernel for latent values, masks and fp8 pools.
+# What each Hopper family is compiled for. The tiled one has no kernel for latent values and masks.
 HOPPER = {
     "hopper_packed": (HEAD_DIMS, tuple(FEATURES)),
-    "hopper_tiled": (HEAD_DIMS[:5], ("plain", "window", "unified")),
+    "hopper_tiled": (HEAD_DIMS[:5], ("plain", "window", "unified", "fp8")),
 }
 SPILLS_MAX = 128  # bytes a thread that a Hopper kernel may spill: MLA's 64 rows of 512 columns do, and fp8 beside it
+# Of hopper_tiled's larger heads: at 192/128 a window's masks, at 512 all that goes on beside the loops over keys.
+SPILLS_MAX_TILED = {192: 288, 512: 960}
 
 Job = Tuple[int, tuple, str, str]
 
@@ -94,7 +96,8 @@ def shared_memory(problem: Problem, plan: Plan, arch: int) -> int:
     compiled = compile_plan(problem, plan, arch, resources=plan.hopper)
     if plan.hopper:
         spilled = compiled[0].spills
-        assert spilled <= SPILLS_MAX, f"{plan} spills {spilled} bytes a thread; at most {SPILLS_MAX} are right"
+        most = SPILLS_MAX_TILED.get(problem.head_dim_qk, SPILLS_MAX) if not plan.packed else SPILLS_MAX
+        assert spilled <= most, f"{plan} spills {spilled} bytes a thread; at most {most} are right"
     return max(kernel.shared_memory for kernel in compiled)
 
 

@@ -169,12 +169,26 @@ class _Address:
 
 
 def _descriptor(like: Any, inputs: Inputs) -> Callable[[tuple], Any]:
-    """Makes descriptors of other calls' k_new or v_new from one that passed its constructor's checks."""
-    name = next((name for name in _ROWS if like.base is getattr(inputs, name)), None)
-    if name is None or not hasattr(like, "__dict__") or like.shape[0] != like.base.shape[0]:
-        raise Unbindable(f"a descriptor of {type(like.base).__name__}: not of the new tokens' keys or values")
+    """Makes descriptors of other calls' new tokens from one that passed its constructor's checks.
+
+    The shape of a plain one follows the number of rows; a ragged one's (hopper/launch_tiled.py) is always the same.
+    """
+    name = next((name for name in ("q", *_ROWS) if like.base is getattr(inputs, name)), None)
+    if name is None or not hasattr(like, "__dict__"):
+        raise Unbindable(f"a descriptor of {type(like.base).__name__}: not of the new tokens")
     kind, fields, inner = type(like), dict(like.__dict__), list(like.shape[1:])
-    slot, rows = _SLOTS[name], _ROWS[name]
+    slot = _SLOTS[name]
+    if len(like.shape) > like.base.dim():
+
+        def make_ragged(addresses: tuple) -> Any:
+            new = object.__new__(kind)
+            new.__dict__.update(fields, base=_Address(addresses[slot]))
+            return new
+
+        return make_ragged
+    rows = _ROWS.get(name)
+    if rows is None or like.shape[0] != like.base.shape[0]:
+        raise Unbindable(f"a descriptor of {name}: its number of rows is not the tensor's")
 
     def make(addresses: tuple) -> Any:
         new = object.__new__(kind)

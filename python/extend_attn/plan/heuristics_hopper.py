@@ -14,25 +14,34 @@ from .legality_hopper import (
     packed_held,
     packed_held_max,
 )
+from .legality_hopper_tiled import ROWS, tiled_blocks
 from .tile import BLOCK_M_MIN, STAGES_MAX, Plan, Tile
 
 # Families that passed the contract tests on a GPU; no other is chosen by default.
 PROVEN: Tuple[str, ...] = ()
 # Up to this many new tokens a sequence hopper_packed is the default: the plain packed family's own limit.
 HOPPER_PACKED_MAX_LEN_EXTEND = 16
+# From this many on hopper_tiled is: below it a consumer's 64 rows are not full.
+HOPPER_TILED_MIN_LEN_EXTEND = 64
 PACKED_BLOCK_N = 64
 RING_BYTES = 96 * 1024  # three tiles of 64 keys at head dim 256; more in flight gains nothing
 STAGES_MIN = 3
 FULL_WAVE = 0.9  # of the multiprocessors: one split
 MIN_SPLIT_KEYS = 256  # a shorter share costs more in the merge than it saves
 SPLIT_MAX = 64
+MIN_SPLIT_TILES, TILED_SPLIT_MAX = 4, 16  # of hopper_tiled, whose parts are whole blocks of rows
 
 
 def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan]:
     """The Hopper family's plan where one was measured to be faster than the plain families; None elsewhere."""
-    if problem.max_len_extend > HOPPER_PACKED_MAX_LEN_EXTEND or problem.batch_invariant:
+    if problem.batch_invariant:
         return None
-    plan = hopper_packed_plan(problem, device)
+    if problem.max_len_extend <= HOPPER_PACKED_MAX_LEN_EXTEND:
+        plan = hopper_packed_plan(problem, device)
+    elif problem.max_len_extend >= HOPPER_TILED_MIN_LEN_EXTEND:
+        plan = hopper_tiled_plan(problem, device)
+    else:
+        return None
     return plan if plan.family in PROVEN and hopper_illegal(problem, plan, device) is None else None
 
 
@@ -70,5 +79,21 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     """128 keys a tile where registers hold their logits beside the accumulator; two heads a program if they pair."""
     tile = Tile(128, 128 if problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 else 64, 8, 2)
     if problem.head_dim_qk > 256:
-        tile = tile.merged({"num_stages": 1})  # a tile in two query tiles' shadow is all that fits
-    return Plan("hopper_tiled", tile, pack_gqa=problem.group % 2 == 0, source="heuristic")
+        tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
+    pack = problem.group % 2 == 0
+    split_kv = tiled_splits(problem, device, tile.block_n, pack)
+    return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=split_kv > 1, source="heuristic")
+
+
+def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool) -> int:
+    """Programs that share the keys of a block of rows: one if blocks fill the GPU, or a window makes them short."""
+    if problem.sliding_window > 0:
+        return 1
+    tokens = ROWS if pack else 2 * ROWS
+    blocks = -(-problem.max_len_extend // tokens)
+    slices = tiled_blocks(problem)[3]
+    items = max(problem.batch_size, 1) * blocks * slices * problem.num_q_heads // (2 if pack else 1)
+    most_tiles = -(-(problem.prefix_hint + problem.max_len_extend) // block_n)
+    if items >= FULL_WAVE * device.sm_count or items == 0:
+        return 1
+    return max(1, min(-(-device.sm_count // items), most_tiles // MIN_SPLIT_TILES, TILED_SPLIT_MAX))

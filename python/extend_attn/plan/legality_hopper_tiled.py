@@ -60,8 +60,8 @@ def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[
 def _not_served(problem: Problem) -> Optional[str]:
     if problem.custom_mask:
         return "custom_mask: a value that no row sees cannot be kept from the tensor cores"
-    if problem.kv_dtype != problem.dtype:
-        return f"kv_dtype: {problem.kv_dtype} rows would have to be converted on their way"
+    if problem.kv_dtype != problem.dtype and 256 < problem.head_dim_v < 512:
+        return f"head_dim_v: {problem.head_dim_v}; slices of fp8 rows are whole, up to 256 or 512"
     if problem.q_positions and problem.sliding_window > 0:
         return "q_positions: its window goes by row"
     if problem.num_tokens > MAX_ROWS:

@@ -66,7 +66,7 @@ def _assembly(kind, half):
 
 
 @gluon.jit
-def _codes(rows, exists, COLUMN: gl.constexpr, WIDTH: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr):
+def load_codes(rows, exists, COLUMN: gl.constexpr, WIDTH: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr):
     """Codes of WIDTH columns, four to a 32-bit word: as bytes, each would take a register from load to use."""
     words = COLUMN // 4 + gl.arange(0, WIDTH // 4, layout=gl.SliceLayout(0, LAYOUT))
     pointers = gl.max_contiguous(gl.multiple_of(rows[:, None] + words[None, :], [1, 8]), [1, 2])
@@ -74,7 +74,7 @@ def _codes(rows, exists, COLUMN: gl.constexpr, WIDTH: gl.constexpr, DIM: gl.cons
 
 
 @gluon.jit
-def _put_codes(slot, words, COLUMN: gl.constexpr, KIND: gl.constexpr, HALF: gl.constexpr):
+def put_codes(slot, words, COLUMN: gl.constexpr, KIND: gl.constexpr, HALF: gl.constexpr):
     """Words of four codes into columns of a slot, as fp16 (HALF) or bf16."""
     ASSEMBLY: gl.constexpr = _assembly(KIND, HALF)
     low, high = gl.inline_asm_elementwise(
@@ -130,26 +130,26 @@ def produce_fp8(call, shape, share, ring, pe, pairs, num_splits, V: gl.constexpr
             slot = slots_of(call, work, shape, work.first, ROWS)
             ahead = slots_of(call, work, shape, work.first + 1, ROWS)
             place, exists = exists_of(call, work, shape, work.first, ROWS)
-            codes = _codes(pool + slot.to(gl.int64) * stride, exists, 0, CHUNK, DIM, LAYOUT)
+            codes = load_codes(pool + slot.to(gl.int64) * stride, exists, 0, CHUNK, DIM, LAYOUT)
             for i in range(work.first, stop):
                 later = slots_of(call, work, shape, i + 2, ROWS)
                 rows = pool + slot.to(gl.int64) * stride
                 for c in gl.static_range(CHUNKS - 1):
-                    after = _codes(rows, exists, (c + 1) * CHUNK, CHUNK, DIM, LAYOUT)
+                    after = load_codes(rows, exists, (c + 1) * CHUNK, CHUNK, DIM, LAYOUT)
                     if c == 0:
                         ring.wait_empty(n)
-                    _put_codes(ring.slot(n), codes, c * CHUNK, shape.FP8, HALF)
+                    put_codes(ring.slot(n), codes, c * CHUNK, shape.FP8, HALF)
                     codes = after
                 if PE > 0:
-                    rest = _codes(rows, exists, shape.BLOCK_D, PE, DIM, LAYOUT)
+                    rest = load_codes(rows, exists, shape.BLOCK_D, PE, DIM, LAYOUT)
                 place_next, exists_next = exists_of(call, work, shape, i + 1, ROWS)
                 exists_next = exists_next & (i + 1 < stop)
-                after = _codes(pool + ahead.to(gl.int64) * stride, exists_next, 0, CHUNK, DIM, LAYOUT)
+                after = load_codes(pool + ahead.to(gl.int64) * stride, exists_next, 0, CHUNK, DIM, LAYOUT)
                 if CHUNKS == 1:
                     ring.wait_empty(n)
-                _put_codes(ring.slot(n), codes, (CHUNKS - 1) * CHUNK, shape.FP8, HALF)
+                put_codes(ring.slot(n), codes, (CHUNKS - 1) * CHUNK, shape.FP8, HALF)
                 if PE > 0:
-                    _put_codes(pe.index(n // STEP % pe.shape[0]), rest, 0, shape.FP8, HALF)
+                    put_codes(pe.index(n // STEP % pe.shape[0]), rest, 0, shape.FP8, HALF)
                 fence_async_shared()
                 mbarrier.arrive(ring.filled(n), count=1)
                 n += STEP

@@ -16,7 +16,7 @@ from ..recipe import NUM_TENSORS, Recipe, features, kernel, scalars, strides
 from .packed import packed_kernel
 
 PRODUCER_WARPS = 4
-_FP8 = {"float8_e4m3fn": 1, "float8_e5m2": 2}  # as fp8_rows.py names them
+FP8_CODES = {"float8_e4m3fn": 1, "float8_e5m2": 2}  # as fp8_rows.py names them
 
 
 def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
@@ -68,13 +68,13 @@ def _packed_tensors(inputs: Inputs, parts: Sequence[Optional[torch.Tensor]]) -> 
     if mask is not None:
         mask = mask.view(torch.uint8)
     return [
-        q, k_new, v_new, o, _codes(k_pool), _codes(v_pool),
+        q, k_new, v_new, o, codes_of(k_pool), codes_of(v_pool),
         qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr,
         sinks, window_offsets, q_positions, lse, *parts,
     ]  # fmt: skip
 
 
-def _codes(pool: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+def codes_of(pool: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
     """An fp8 pool as bytes."""
     return pool.view(torch.uint8) if pool is not None and pool.dtype.itemsize == 1 else pool
 
@@ -101,6 +101,6 @@ def _constants(inputs: Inputs, problem: Problem) -> Dict[str, Any]:
         V_IS_K=v_is_k(problem),
         NEGATE_Q=inputs.sm_scale < 0,
         APART=(fp8 or scaled) and not problem.unified,
-        FP8=_FP8[problem.kv_dtype] if fp8 else 0,
+        FP8=FP8_CODES[problem.kv_dtype] if fp8 else 0,
         V_HALF=fp8 and problem.dtype == "bfloat16" and not v_is_k(problem),
     )

@@ -15,11 +15,13 @@ from ...plan.tile import Plan
 from ...problem import Problem
 from ..launch_plain import combine_after
 from ..recipe import Recipe, features, kernel, scalars, strides
+from .launch_packed import FP8_CODES, codes_of
 from .tiled import tiled_kernel
 
 # Registers a thread of (consumers, producer): what setmaxnreg divides the 168 of a launch with 12 warps into. A gather
 # needs 40 (with 56 it was 5 to 8 % slower, because the consumers have 224 then), TMA 24.
-GATHER_REGISTERS, TMA_REGISTERS = (232, 40), (240, 24)
+# A conversion of fp8 codes holds a tile of them.
+GATHER_REGISTERS, TMA_REGISTERS, FP8_REGISTERS = (232, 40), (240, 24), (216, 80)
 MAX_REGISTERS = 168
 RAGGED_ROWS = 1 << 30  # see tiled_producer.py
 RAGGED_END = 0x7FFF0000  # more than any row
@@ -33,7 +35,8 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     items = row_blocks * problem.batch_size * problem.num_q_heads // heads * slices * plan.split_kv
     on = features(inputs, problem)
     gather = on["HAS_POOL"]
-    registers = GATHER_REGISTERS if gather else TMA_REGISTERS
+    fp8 = FP8_CODES.get(problem.kv_dtype, 0) if gather else 0
+    registers = FP8_REGISTERS if fp8 else GATHER_REGISTERS if gather else TMA_REGISTERS
     constants: Dict[str, Any] = dict(
         NUM_HEADS=problem.num_q_heads,
         GROUP=problem.group,
@@ -48,6 +51,9 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         K_STAGES=plan.tile.num_stages * chunks,
         V_STAGES=plan.tile.num_stages,
         SPLIT=plan.split_kv > 1,
+        HAS_POOL=gather,
+        UNIFIED=problem.unified,
+        FP8=fp8,
         **{name: on[name] for name in _FEATURES},
         NEGATE=inputs.sm_scale < 0,
         CONSUMER_REGISTERS=registers[0],
@@ -77,7 +83,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
 
 
 _FEATURES = (
-    "HAS_POOL", "UNIFIED", "CAUSAL", "WINDOW", "SINKS", "CAP", "TEMPERATURE", "Q_POSITIONS", "LSE", "V_SCALED",
+    "CAUSAL", "WINDOW", "SINKS", "CAP", "TEMPERATURE", "Q_POSITIONS", "LSE", "V_SCALED",
 )  # fmt: skip
 
 
@@ -108,9 +114,8 @@ def _tiled_tensors(
     rows = [i.q if t is None else t for t in (i.q, i.k_new, i.v_new)]  # a unified call has no new ones: never used
     return [
         *(ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
-        i.q if i.k_pool is None else i.k_pool, i.q if i.v_pool is None else i.v_pool, i.o, i.lse,
-        i.qo_indptr, i.kv_indptr, i.kv_indices, i.prefix_lens, i.sinks, i.window_offsets, i.q_positions,
-        partial, partial_ml,
+        codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse, i.qo_indptr, i.kv_indptr, i.kv_indices, i.prefix_lens,
+        i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
     ]  # fmt: skip
 
 

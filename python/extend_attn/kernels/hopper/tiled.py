@@ -228,10 +228,10 @@ def tiled_kernel(
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr, K_CHUNKS: gl.constexpr,
     BLOCK_DV: gl.constexpr, V_SLICES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    SPLIT: gl.constexpr, HAS_POOL: gl.constexpr, UNIFIED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
-    SINKS: gl.constexpr, CAP: gl.constexpr, TEMPERATURE: gl.constexpr, Q_POSITIONS: gl.constexpr, LSE: gl.constexpr,
-    V_SCALED: gl.constexpr, NEGATE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr,
+    SPLIT: gl.constexpr, HAS_POOL: gl.constexpr, UNIFIED: gl.constexpr, FP8: gl.constexpr, CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr, SINKS: gl.constexpr, CAP: gl.constexpr, TEMPERATURE: gl.constexpr,
+    Q_POSITIONS: gl.constexpr, LSE: gl.constexpr, V_SCALED: gl.constexpr, NEGATE: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are ragged (launch_tiled.py); tensors as in ``Inputs``; numbers in the order of recipe.scalars."""
     ARRIVALS: gl.constexpr = 128 if HAS_POOL else 1  # a gathered slot is filled by all threads of the producer
@@ -239,9 +239,9 @@ def tiled_kernel(
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     c = Shape(
         NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 else 2 * ROWS, HEAD_DIM, HEAD_DIM_V, BLOCK_N,
-        K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, SPLIT, HAS_POOL, UNIFIED, CAUSAL, WINDOW, SINKS, CAP, TEMPERATURE,
-        Q_POSITIONS, OFFSETS, LSE, V_SCALED, NEGATE, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]), O,
-        gl.DotOperandLayout(0, O, 2),
+        K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, SPLIT, HAS_POOL, UNIFIED, FP8, CAUSAL, WINDOW, SINKS, CAP,
+        TEMPERATURE, Q_POSITIONS, OFFSETS, LSE, V_SCALED, NEGATE,
+        gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]), O, gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip
     call = Call(
         o, lse if LSE else o, partial if SPLIT else o, partial_ml if SPLIT else o, qo_indptr, kv_indptr,
@@ -253,8 +253,8 @@ def tiled_kernel(
         gl.to_tensor(log2_temperature_len),
     )  # fmt: skip
     sources = Sources(
-        q_desc, k_desc, v_desc, k_pool, v_pool, kv_indices, gl.to_tensor(stride_ks), gl.to_tensor(stride_kg),
-        gl.to_tensor(stride_vs), gl.to_tensor(stride_vg),
+        q_desc, k_desc, v_desc, k_pool if HAS_POOL else o, v_pool if HAS_POOL else o, kv_indices,
+        gl.to_tensor(stride_ks), gl.to_tensor(stride_kg), gl.to_tensor(stride_vs), gl.to_tensor(stride_vg),
     )  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, K_COLUMNS], dtype)

@@ -2,9 +2,9 @@
 
 New tokens come through TMA. Their descriptors are *ragged*: two leading dimensions whose strides cancel (modulo 2^64)
 move the end of the tensor to the end of the sequence, so that the hardware fills the rows past it with zeros and a
-neighbour's rows are never seen. Prefix rows, and all rows of a unified call, are gathered one by one with asynchronous
-copies into the same rings; rows past either end of what the item sees repeat a row that it does see, and their scores
-are masked.
+neighbour's rows are never seen. Prefix rows, and all rows of a unified call, are gathered one by one into the same
+rings, by asynchronous copies or, from an fp8 pool, through registers; rows past either end of what the item sees repeat
+a row that it does see, and their scores are masked.
 """
 
 # Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
@@ -12,8 +12,9 @@ are masked.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from .fp8_rows import load_codes, put_codes
 from .gluon_compat import gather_load, struct, tma_load
 from .tiled_schedule import count_blocks, find_item, item_index, publish
 from .tiled_work import ROWS, tiles_of
@@ -106,21 +107,48 @@ def gather(
 
 
 @gluon.jit
+def convert(rows, slots, COLUMN: gl.constexpr, limit: gl.constexpr, columns: gl.constexpr, ring, n,
+            LAYOUT: gl.constexpr, c):  # fmt: skip
+    """``gather`` of an fp8 pool's rows, by pointers to words of four codes; these wait in registers for the slot."""
+    codes = load_codes(rows, slots >= 0, COLUMN, columns, limit, LAYOUT)
+    ring.wait_empty(n)
+    put_codes(ring.slot(n), codes, 0, c.FP8, ring.slots.dtype == gl.float16)
+    fence_async_shared()
+    mbarrier.arrive(ring.filled(n), count=gl.num_warps() * 32)
+
+
+@gluon.jit
+def rows_of(base, slots, stride, c):
+    """Pointers to the rows of ``slots``; of an fp8 pool, to words of four codes."""
+    if c.FP8:
+        return base.to(gl.pointer_type(gl.int32), bitcast=True) + slots.to(gl.int64) * (stride // 4)
+    else:
+        return base + slots.to(gl.int64) * stride
+
+
+@gluon.jit
 def gather_keys(base, slots, stride, ring, n, LAYOUT: gl.constexpr, c):
     PADDED: gl.constexpr = c.HEAD_DIM != c.K_COLUMNS * c.K_CHUNKS
-    rows = base + slots.to(gl.int64) * stride
+    rows = rows_of(base, slots, stride, c)
     for chunk in gl.static_range(c.K_CHUNKS):
         at = n * c.K_CHUNKS + chunk
-        ring.wait_empty(at)
-        gather(rows, chunk * c.K_COLUMNS, c.HEAD_DIM, c.K_COLUMNS, PADDED, ring.filled(at), ring.slot(at), LAYOUT)
+        if c.FP8:
+            convert(rows, slots, chunk * c.K_COLUMNS, c.HEAD_DIM, c.K_COLUMNS, ring, at, LAYOUT, c)
+        else:
+            ring.wait_empty(at)
+            gather(rows, chunk * c.K_COLUMNS, c.HEAD_DIM, c.K_COLUMNS, PADDED, ring.filled(at), ring.slot(at), LAYOUT)
 
 
 @gluon.jit
 def gather_values(base, slots, stride, v_slice, ring, n, LAYOUT: gl.constexpr, c):
     PADDED: gl.constexpr = c.HEAD_DIM_V != c.BLOCK_DV * c.V_SLICES
-    ring.wait_empty(n)
-    rows = base + slots.to(gl.int64) * stride
-    gather(rows, v_slice * c.BLOCK_DV, c.HEAD_DIM_V, c.BLOCK_DV, PADDED, ring.filled(n), ring.slot(n), LAYOUT)
+    rows = rows_of(base, slots, stride, c)
+    if c.FP8:
+        rows += v_slice * (c.BLOCK_DV // 4)
+        convert(rows, slots, 0, c.HEAD_DIM_V, c.BLOCK_DV, ring, n, LAYOUT, c)
+    else:
+        ring.wait_empty(n)
+        gather(rows, v_slice * c.BLOCK_DV, c.HEAD_DIM_V, c.BLOCK_DV, PADDED, ring.filled(n), ring.slot(n), LAYOUT)
 
 
 @gluon.jit
@@ -142,7 +170,8 @@ def new_slots_of(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
 @gluon.jit
 def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     """K of tile t + 1 goes before V of tile t: that is the order in which consumers ask for them."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    # a thread's share of a row: 8 elements of 16 bits, or 8 codes in two words
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2 if c.FP8 else 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     program = gl.program_id(0)
     total = count_blocks(call, c)
     n = 0

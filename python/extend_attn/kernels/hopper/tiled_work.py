@@ -18,7 +18,8 @@ class Shape:
 
     HEADS 2: the two consumers take two query heads of one KV head over the same 64 tokens; 1: two blocks of 64 tokens
     of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns. SPLIT:
-    items that share a block's keys. S, O, P: the layouts of a consumer's logits, accumulator, weights.
+    items that share a block's keys. FP8: 0, or what fp8_rows.py calls the pool's codes. S, O, P: the layouts of a
+    consumer's logits, accumulator, weights.
     """
 
     NUM_HEADS: gl.constexpr
@@ -36,6 +37,7 @@ class Shape:
     SPLIT: gl.constexpr
     HAS_POOL: gl.constexpr
     UNIFIED: gl.constexpr
+    FP8: gl.constexpr
     CAUSAL: gl.constexpr
     WINDOW: gl.constexpr
     SINKS: gl.constexpr
