@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 import torch
 
-from ..inputs import Inputs
+from ..inputs import ALIGNMENT, Inputs
 from .compat import INTERPRETED
 from .launchers import Handle, handle_of, hooked
 from .recipe import NUM_TENSORS, Kernel, Recipe
@@ -30,7 +30,8 @@ _ROWS = {"k_new": NUM_TENSORS, "v_new": NUM_TENSORS + 1}
 _NONE = NUM_TENSORS + 2
 # Tensors whose alignment calls.py tells apart; no other may be specialised by it.
 _ALIGNED = ("q", "k_new", "v_new", "o", "k_pool", "v_pool")
-_ALIGNMENT = 16  # bytes: what Triton specialises pointers by
+_DESCRIBED = ("q", "k_new", "v_new")
+_UNBOUNDED = 1 << 30  # a descriptor's dim of this size has nothing to do with a tensor's rows
 MAX_HANDLES = 4096  # past this what is known is dropped and found anew
 
 _handles: Dict[tuple, Optional[Handle]] = {}
@@ -64,11 +65,12 @@ class Bound:
         launches: Sequence[_Launch],
         workspaces: Sequence[Workspace],
         descriptors: Sequence[Callable[[tuple], Any]],
+        needs_rows: bool,
         hooks: Sequence[list],
     ) -> None:
         self._device, self._launches, self._hooks = device, launches, hooks
         self._workspaces, self._descriptors = workspaces, descriptors
-        self.needs_rows = bool(descriptors)
+        self.needs_rows = needs_rows
         self._others = torch.cuda.device_count() > 1
 
     def ready(self) -> bool:
@@ -115,6 +117,7 @@ def bind(recipe: Recipe, inputs: Inputs) -> Union[Bound, None, bool]:
     launches: List[_Launch] = []
     descriptors: List[Callable[[tuple], Any]] = []
     first_descriptor = _NONE + 1 + len(own)
+    needs_rows = False
     try:
         for kernel, tensors in zip(recipe.kernels, recipe.tensors(inputs, *own)):
             key = _key(kernel, [*tensors, *kernel.numbers], device.index)
@@ -126,7 +129,9 @@ def bind(recipe: Recipe, inputs: Inputs) -> Union[Bound, None, bool]:
             slots = []
             for name, argument in zip(kernel.function.arg_names, tensors):
                 if _is_descriptor(argument):
-                    descriptors.append(_descriptor(argument, inputs))
+                    make, by_rows = _descriptor(argument, inputs)
+                    needs_rows = needs_rows or by_rows
+                    descriptors.append(make)
                     slots.append(first_descriptor + len(descriptors) - 1)
                 else:
                     slots.append(_slot(name, argument, inputs, own))
@@ -136,7 +141,7 @@ def bind(recipe: Recipe, inputs: Inputs) -> Union[Bound, None, bool]:
     except Unbindable:
         return False
     hooks = [kernel.function.pre_run_hooks for kernel in recipe.kernels]
-    return Bound(device, launches, recipe.workspaces, descriptors, hooks)
+    return Bound(device, launches, recipe.workspaces, descriptors, needs_rows, hooks)
 
 
 def _slot(name: str, argument: Any, inputs: Inputs, own: Sequence[torch.Tensor]) -> int:
@@ -168,20 +173,27 @@ class _Address:
         return self.address
 
 
-def _descriptor(like: Any, inputs: Inputs) -> Callable[[tuple], Any]:
-    """Makes descriptors of other calls' k_new or v_new from one that passed its constructor's checks."""
-    name = next((name for name in _ROWS if like.base is getattr(inputs, name)), None)
-    if name is None or not hasattr(like, "__dict__") or like.shape[0] != like.base.shape[0]:
-        raise Unbindable(f"a descriptor of {type(like.base).__name__}: not of the new tokens' keys or values")
-    kind, fields, inner = type(like), dict(like.__dict__), list(like.shape[1:])
-    slot, rows = _SLOTS[name], _ROWS[name]
+def _descriptor(like: Any, inputs: Inputs) -> Tuple[Callable[[tuple], Any], bool]:
+    """(makes descriptors of other calls from one that passed its constructor's checks, whether their first dim is the
+    tensor's rows). The query's rows are the same in all calls of a Prepared, those of k_new and v_new need not be."""
+    name = next((name for name in _DESCRIBED if like.base is getattr(inputs, name)), None)
+    if name is None or not hasattr(like, "__dict__"):
+        raise Unbindable(f"a descriptor of {type(like.base).__name__}: not of the query, the new keys or values")
+    kind, fields, shape = type(like), dict(like.__dict__), list(like.shape)
+    slot = _SLOTS[name]
+    rows = _ROWS[name] if name in _ROWS and shape[0] == like.base.shape[0] else None
+    inner = {*like.base.shape[1:]} if name in _ROWS else {*like.base.shape}
+    if any(n not in inner and n < _UNBOUNDED for n in shape[1 if rows else 0 :]):
+        raise Unbindable(f"a descriptor of {name} with dims {shape}: they may depend on its rows")
 
     def make(addresses: tuple) -> Any:
         new = object.__new__(kind)
-        new.__dict__.update(fields, base=_Address(addresses[slot]), shape=[addresses[rows], *inner])
+        new.__dict__.update(fields, base=_Address(addresses[slot]))
+        if rows is not None:
+            new.__dict__["shape"] = [addresses[rows], *shape[1:]]
         return new
 
-    return make
+    return make, rows is not None
 
 
 def _key(kernel: Kernel, arguments: Sequence[Any], device: int) -> tuple:
@@ -205,7 +217,7 @@ def _fact(parameter: Any, argument: Any) -> Any:
             return argument.dtype
         if parameter.name in _SLOTS and parameter.name not in _ALIGNED:
             raise Unbindable(f"{parameter.name}: the kernel is specialised by an alignment that no signature holds")
-        return argument.dtype, argument.data_ptr() % _ALIGNMENT == 0
+        return argument.dtype, argument.data_ptr() % ALIGNMENT == 0
     if _is_descriptor(argument):
         return type(argument), argument.base.dtype, tuple(argument.block_shape), getattr(argument, "layout", None)
     if isinstance(argument, int) and not isinstance(argument, bool):

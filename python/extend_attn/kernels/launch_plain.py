@@ -17,9 +17,9 @@ from .extend import extend_kernel
 from .recipe import NUM_TENSORS, Kernel, Recipe, features, kernel, scalars, strides
 from .workspace import Workspace
 
-# Elements of the splits' results that a combine program has in hand. One size for all numbers of splits: what there is
-# less of is masked, and a model compiles one combine kernel.
-COMBINE_ELEMENTS = 4096
+# Elements of the parts' results in one step of a combine program: 16 parts at head dim 256, or 64. Two sizes for all
+# numbers of parts, so that a model compiles few combine kernels; a part that is not there is masked.
+COMBINE_ELEMENTS = (4096, 16384)
 
 
 def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
@@ -65,11 +65,16 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
 
 
 def combine_after(
-    plan: Plan, inputs: Inputs, problem: Problem, block_dv: int, tiles: int, row_blocks: int, pdl: bool
-) -> Tuple[Kernel, Tuple[Workspace, Workspace]]:
-    """The combine kernel after ``plan.split_kv`` splits of so many tiles, and its two workspaces: the splits' results,
-    their maxima and sums."""
-    block_m, splits = plan.tile.block_m, plan.split_kv
+    plan: Plan, inputs: Inputs, problem: Problem, block_dv: int, tiles: int, row_blocks: int, pdl: bool,
+    shape: Optional[Tuple[int, int]] = None,
+) -> Tuple[Kernel, Tuple[Workspace, ...]]:  # fmt: skip
+    """The combine kernel after ``plan.split_kv`` splits of so many tiles, or after ``plan.programs`` even shares of
+    them all, and its workspaces: the parts' results, their maxima and sums, and which programs had a share of a tile
+    (a single element after splits, which know). ``shape``: rows of a tile and rows a token (None: a packed tile's)."""
+    block_m, rows = shape or (plan.tile.block_m, problem.group)
+    splits = plan.split_kv
+    few, many = (max(2, elements // block_dv) for elements in COMBINE_ELEMENTS)
+    chunk = few if (plan.programs or splits) <= few else many
     constants = dict(
         NUM_HEADS=problem.num_q_heads,
         HEAD_DIM_V=problem.head_dim_v,
@@ -77,20 +82,22 @@ def combine_after(
         SINKS=problem.sinks,
         LSE=problem.return_lse,
         BLOCK_M=block_m,
-        ROWS=problem.group,
-        CHUNK=max(2, COMBINE_ELEMENTS // block_dv),
+        ROWS=rows,
+        CHUNK=chunk,
         PDL=pdl,
+        EVEN=plan.programs > 0,
     )
     combine = kernel(
         combine_kernel,
         tiles * block_m,
         (*strides(inputs.o), splits, row_blocks),
         constants,
-        num_warps=4,
+        num_warps=4 if chunk == few else 8,
         **launch_options(pdl),
     )
-    slots = tiles * splits * block_m
-    return combine, (Workspace("partial", slots * block_dv), Workspace("partial_ml", slots * 2))
+    slots = (2 * plan.programs or tiles * splits) * block_m
+    shares = Workspace("shares", 2 * tiles if plan.programs else 1, torch.int32)
+    return combine, (Workspace("partial", slots * block_dv), Workspace("partial_ml", slots * 2), shares)
 
 
 Boxes = Optional[Tuple[List[int], List[int]]]  # the shapes of the TMA boxes of K and V
@@ -100,10 +107,9 @@ def _tensors(boxes: Boxes, inputs: Inputs) -> Tuple[List[object], ...]:
     return (_extend_tensors(inputs, boxes, None, None),)
 
 
-def _tensors_of_splits(
-    boxes: Boxes, inputs: Inputs, partial: torch.Tensor, partial_ml: torch.Tensor
-) -> Tuple[List[object], ...]:
-    combine = [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, partial, partial_ml]
+def _tensors_of_splits(boxes: Boxes, inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
+    partial, partial_ml, _ = parts
+    combine = [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, *parts]
     return _extend_tensors(inputs, boxes, partial, partial_ml), combine
 
 

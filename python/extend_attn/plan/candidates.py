@@ -14,6 +14,7 @@ from .tile import BLOCK_MAX, BLOCK_MIN, STAGES_MAX, Plan, Tile
 
 # Below this a K/V tile is too narrow to keep the tensor cores busy; rows are given up before keys are.
 NARROW_BLOCK_N = 32
+HOPPER_BLOCK_N = 64
 
 
 def candidates(problem: Problem, device: DeviceSpec) -> List[Plan]:
@@ -72,19 +73,21 @@ def shrinking(problem: Problem, plan: Plan, device: DeviceSpec) -> Iterator[Plan
     """Ever smaller versions of ``plan``, legal or not, down to the smallest tile.
 
     Fewer stages down to two, fewer keys down to NARROW_BLOCK_N, fewer rows (which also free registers), then the
-    narrowest tile, and one stage last: without a pipeline nothing hides the loads.
+    narrowest tile, and one stage last: without a pipeline nothing hides the loads. The Hopper families' keys stay at
+    what a warpgroup product takes.
     """
+    narrow, narrowest = (HOPPER_BLOCK_N, HOPPER_BLOCK_N) if plan.hopper else (NARROW_BLOCK_N, BLOCK_MIN)
     while True:
         tile = plan.tile
         if tile.num_stages > 2:
             tile = replace(tile, num_stages=tile.num_stages - 1)
-        elif tile.block_n > NARROW_BLOCK_N:
+        elif tile.block_n > narrow:
             tile = replace(tile, block_n=tile.block_n // 2)
         elif tile.block_m > BLOCK_MIN:
             tile = replace(tile, block_m=tile.block_m // 2)
-        elif tile.block_n > BLOCK_MIN:
+        elif tile.block_n > narrowest:
             tile = replace(tile, block_n=tile.block_n // 2)
-        elif tile.num_stages > 1:
+        elif tile.num_stages > 1 and not plan.hopper:
             tile = replace(tile, num_stages=1)
         else:
             return

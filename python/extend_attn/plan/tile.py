@@ -15,6 +15,7 @@ BLOCK_M_MIN = 8  # the narrowest warpgroup product; the plain families take BLOC
 WARPS = (1, 2, 4, 8, 16, 32)
 STAGES_MAX = 8
 SPLITS_MAX = 1024
+PROGRAMS_MAX = 4096
 
 
 def _integer(name: str, value: Any) -> None:
@@ -74,9 +75,11 @@ class Plan:
     ``family``: "tiled" (a flat grid over blocks of query rows; prefill and chunks) or "packed" (all query heads of a KV
     head and all new tokens in one tile's rows, one read of K/V; verify and decode); "hopper_tiled" and "hopper_packed"
     are the same in Gluon, for sm_90 alone. ``split_kv`` (packed) is the upper bound of programs that share one
-    sequence's keys; on the device short sequences use fewer. ``pack_gqa`` (tiled) puts the query heads of a KV head
-    into one tile's rows. ``tma`` (tiled, sm_90+) loads the contiguous new K/V through TMA descriptors, ``pdl`` (sm_90+)
-    starts the combine kernel before the splits end. ``source`` says who chose this plan;
+    sequence's keys; on the device short sequences use fewer. ``programs`` (hopper_packed), if > 0: so many programs
+    share the keys of all sequences evenly instead, whatever their lengths. ``pack_gqa`` (tiled) puts the query heads of
+    a KV head into one tile's rows. ``tma`` (tiled, sm_90+) loads the contiguous new K/V through TMA descriptors.
+    ``pdl`` (sm_90+): a kernel is launched before the one ahead of it ends, and waits on the device: the combine kernel,
+    and in hopper_packed the attention kernel too. ``source`` says who chose this plan;
     it takes no part in comparisons.
     """
 
@@ -86,6 +89,7 @@ class Plan:
     pack_gqa: bool = False
     tma: bool = False
     pdl: bool = False
+    programs: int = 0
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -96,6 +100,9 @@ class Plan:
         _integer("split_kv", self.split_kv)
         if not 1 <= self.split_kv <= SPLITS_MAX:
             raise ValueError(f"split_kv: got {self.split_kv}; allowed are 1 to {SPLITS_MAX}")
+        _integer("programs", self.programs)
+        if not 0 <= self.programs <= PROGRAMS_MAX:
+            raise ValueError(f"programs: got {self.programs}; allowed are 0 to {PROGRAMS_MAX}")
         for name in ("pack_gqa", "tma", "pdl"):
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; it is a flag, True or False")
@@ -116,6 +123,8 @@ class Plan:
         parts = [self.family, str(self.tile)]
         if self.split_kv > 1:
             parts.append(f"split {self.split_kv}")
+        if self.programs:
+            parts.append(f"even {self.programs}")
         parts += [name for name in ("pack_gqa", "tma", "pdl") if getattr(self, name)]
         return " ".join(parts)
 

@@ -72,5 +72,9 @@ def needs_gpu(device: Device) -> Optional[str]:
     return None if device.type == "cuda" else "needs a GPU"
 
 
+def needs_plain(row: Row) -> Optional[str]:
+    return None if row.plain else "peers are asked for batches of equal sequences without masks, fp8 or latent values"
+
+
 def needs_no_prefix(row: Row) -> Optional[str]:
-    return "takes no scattered prefix" if row.prefix else None
+    return "takes no scattered prefix" if row.prefix else needs_plain(row)

@@ -24,15 +24,8 @@ class Ours(Provider):
 
         from extend_attn.attention import extend_attention_fwd, prepare
 
-        def arguments(i: int) -> tuple:
-            one = batch.sets[i]
-            return (
-                one.q, one.k, one.v, one.o, one.k_pool, one.v_pool, batch.qo_indptr, batch.kv_indptr,
-                one.prefix_slots, None, True, None, batch.row.new_tokens, 1.0, 1.0,
-            )  # fmt: skip
-
         options = dict(sliding_window_size=batch.window, plan=plan)
-        calls = [arguments(i) for i in range(len(batch.sets))]
+        calls = [batch.arguments(i) for i in range(len(batch.sets))]
 
         def run(i: int):
             extend_attention_fwd(*calls[i], **options)
@@ -82,11 +75,7 @@ def swept_plans(batch: Batch, which: str) -> Dict[str, List[Any]]:
     from extend_attn.plan import candidates as listed
     from extend_attn.plan import illegal, select
 
-    one = batch.sets[0]
-    problem = prepare(
-        one.q, one.k, one.v, one.o, one.k_pool, one.v_pool, batch.qo_indptr, batch.kv_indptr, one.prefix_slots,
-        None, True, None, batch.row.new_tokens, 1.0, 1.0, sliding_window_size=batch.window,
-    )[1]  # fmt: skip
+    problem = prepare(*batch.arguments(0), sliding_window_size=batch.window)[1]
     device = device_spec(batch.device)
     if which == "sweep":
         from extend_attn.plan.candidates import sweep12
