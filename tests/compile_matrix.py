@@ -4,6 +4,8 @@
     python tests/compile_matrix.py --all      the whole product, with every set of features (about an hour on 2 cores)
     python tests/compile_matrix.py --arch 90  one architecture
 
+For sm_90 the Hopper families are compiled too, with Triton 3.6 and later; they may spill next to nothing.
+
 Each result must fit the shared memory that the architecture gives a block, on the Triton that tiles were chosen for at
 once, on another after the steps down that a first call would make. With another Triton in a folder of its own
 (``pip install --no-deps --target FOLDER triton==3.9.0``), put FOLDER first on PYTHONPATH. Exits 1 if anything fails.
@@ -45,6 +47,14 @@ FEATURES: Dict[str, dict] = {
     "unified": dict(unified=True, index_dtype="int32"),
 }
 NEW_TOKENS = {"packed": 4, "tiled": 512}  # the lengths for which each family is the default
+# What each Hopper family is compiled for. The tiled one has no kernel for latent values and masks.
+HOPPER = {
+    "hopper_packed": (HEAD_DIMS, tuple(FEATURES)),
+    "hopper_tiled": (HEAD_DIMS[:5], ("plain", "window", "unified", "fp8")),
+}
+SPILLS_MAX = 160  # bytes a thread that a Hopper kernel may spill: MLA's 64 rows of 512 columns do, and fp8 beside it
+# Of hopper_tiled's larger heads: at 192/128 a window's masks, at 512 all that goes on beside the loops over keys.
+SPILLS_MAX_TILED = {192: 288, 512: 960}
 
 Job = Tuple[int, tuple, str, str]
 
@@ -61,6 +71,11 @@ def jobs(everything: bool) -> Iterator[Job]:
             elif (d - a) % 6 in (0, 3):
                 family = "packed" if (d - a) % 6 == 0 else "tiled"
                 yield arch, dims, family, names[(a + d) % len(names)]
+            if arch == 90 and DeviceSpec.preset("sm_90").triton_at_least(3, 6):
+                for family, (served, features) in HOPPER.items():
+                    if dims in served:
+                        chosen = features if everything else [features[(d + i) % len(features)] for i in (0, 3)]
+                        yield from ((arch, dims, family, name) for name in dict.fromkeys(chosen))
 
 
 def problem_of(job: Job) -> Problem:
@@ -68,7 +83,7 @@ def problem_of(job: Job) -> Problem:
     features = dict(FEATURES[name])
     if features.get("kv_dtype") == "float8_e4m3fn" and arch < 89:
         features["kv_dtype"] = "float8_e5m2"  # the other type needs conversions that sm_89 brought
-    new = NEW_TOKENS[family]
+    new = NEW_TOKENS[family.replace("hopper_", "")]
     alias_new = aliases and not features.get("unified")
     return Problem(
         "bfloat16", dim, dim_v, heads, kv_heads, 8, 8 * new, new, 8 * 4000,
@@ -78,17 +93,23 @@ def problem_of(job: Job) -> Problem:
 
 def shared_memory(problem: Problem, plan: Plan, arch: int) -> int:
     """Bytes that the hungriest kernel of a plan takes."""
-    return max(kernel.shared_memory for kernel in compile_plan(problem, plan, arch))
+    compiled = compile_plan(problem, plan, arch, resources=plan.hopper)
+    if plan.hopper:
+        spilled = compiled[0].spills
+        most = SPILLS_MAX_TILED.get(problem.head_dim_qk, SPILLS_MAX) if not plan.packed else SPILLS_MAX
+        assert spilled <= most, f"{plan} spills {spilled} bytes a thread; at most {most} are right"
+    return max(kernel.shared_memory for kernel in compiled)
 
 
 def compile_job(job: Job) -> str:
     """A line about the job, starting with ``ok`` or ``FAILED``."""
     arch, dims, family, name = job
-    label = f"sm_{arch:<3} D={dims[0]}/{dims[1]} {family:6} {name:8}"
+    label = f"sm_{arch:<3} D={dims[0]}/{dims[1]} {family:13} {name:8}"
     try:
         problem = problem_of(job)
         device = DeviceSpec.preset(f"sm_{arch}")
-        plan = select(problem, device)
+        forced = {"family": family} if family in HOPPER else None
+        plan = select(problem, device, plan=forced)
         assert plan.family == family, f"the default plan is {plan}"
         used = shared_memory(problem, plan, arch)
         while used > device.shared_memory and not triton.__version__.startswith(TUNED_FOR):

@@ -84,15 +84,18 @@ def compile_plan(problem: Problem, plan: Plan, arch: int, *, resources: bool = F
 def _resources(ptx: str, arch: int) -> tuple:
     import triton.backends.nvidia as nvidia
 
-    ptxas = os.path.join(os.path.dirname(nvidia.__file__), "bin", "ptxas")
-    with tempfile.TemporaryDirectory() as folder:
-        source = os.path.join(folder, "kernel.ptx")
+    folder = os.path.join(os.path.dirname(nvidia.__file__), "bin")
+    target = re.search(r"\.target (sm_\w+)", ptx).group(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        source = os.path.join(scratch, "kernel.ptx")
         with open(source, "w") as file:
             file.write(ptx)
-        target = re.search(r"\.target (sm_\w+)", ptx).group(1)
-        said = subprocess.run(
-            [ptxas, "-v", "--gpu-name", target, source, "-o", os.path.join(folder, "kernel.cubin")],
-            capture_output=True, text=True, check=True,
-        ).stderr  # fmt: skip
+        for ptxas in ("ptxas", "ptxas-blackwell"):  # the second where Triton writes PTX too new for the first
+            command = [os.path.join(folder, ptxas), "-v", "--gpu-name", target, source, "-o", source + ".cubin"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                break
+    assert done.returncode == 0, done.stderr
+    said = done.stderr
     registers = int(re.search(r"Used (\d+) registers", said).group(1))
     return registers, int(re.search(r"(\d+) bytes spill stores", said).group(1))

@@ -23,7 +23,8 @@ ARROWS: Dict[str, Set[str]] = {
     "selection": {"plan", "problem", "devices"},
     "inputs": {"problem"},
     "checks": {"inputs"},
-    "calls": {"inputs", "plan", "problem"},
+    "guards": {"inputs"},
+    "calls": {"guards", "inputs", "plan", "problem"},
     "reference": {"inputs"},
     "kernels": {"plan", "problem", "inputs"},  # for the types of what it is given
     "attention": {"calls", "inputs", "problem", "plan", "devices", "checks", "reference", "kernels"},

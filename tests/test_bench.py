@@ -20,6 +20,7 @@ from extend_attn.bench.providers.flash_attention import keys_of
 from extend_attn.bench.providers.sglang import tile_of
 from extend_attn.bench.runner import WorkerProcess, tasks_of
 from extend_attn.bench.timing import rotations
+from extend_attn.bench.worker import Worker
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HOPPER = Device("cuda", "NVIDIA H200", (9, 0))
@@ -44,19 +45,62 @@ def test_floors_are_the_published_ones(name):
     assert found.us == pytest.approx(us, rel=0.012)
 
 
-@pytest.mark.parametrize("row", [Row("plain", 1, 5, 3), Row("cut", 2, 4, 9, 6), Row("wide", 1, 3, 2, 50)], ids=str)
+COUNTED = [
+    Row("plain", 1, 5, 3),
+    Row("cut", 2, 4, 9, 6),
+    Row("wide", 1, 3, 2, 50),
+    Row("ragged", 4, 2, 9, ragged=True),
+    Row("uneven", 4, 7, 9, uneven=True),
+]
+
+
+@pytest.mark.parametrize("row", COUNTED, ids=lambda row: row.name)
 def test_counts_are_those_of_the_mask(row):
-    """Pairs and keys counted one by one, from the rule of the window."""
+    """Pairs, and keys of the prefix, counted one by one, from the rule of the window."""
     pairs, seen = 0, set()
-    for m in range(row.new_tokens):
-        for key in range(row.prefix + m + 1):
-            if not row.window or row.prefix + m <= key + row.window:
-                pairs += 1
-                seen.add(key)
+    for b, (prefix, new) in enumerate(zip(row.prefixes, row.new_lengths)):
+        for m in range(new):
+            for key in range(prefix + m + 1):
+                if not row.window or prefix + m <= key + row.window:
+                    pairs += 1
+                    seen.update({(b, key)} if key < prefix else ())
     assert row.visible_pairs == pairs
     assert row.visible_keys == len(seen)
-    assert row.flops == 4 * 256 * 8 * row.batch * pairs
-    assert row.bytes == 2 * row.batch * (len(seen) * 4 * 512 + row.new_tokens * 8 * 512)
+    assert row.flops == 4 * 256 * 8 * pairs
+    assert row.bytes == 2 * (len(seen) * 4 * 512 + row.num_tokens * (4 + 8) * 512)
+
+
+def test_what_rows_may_add_counts_too():
+    latent = Row("latent", 2, 1, 10, 0, 96, 4, 1, latent_v=64)
+    assert latent.bytes == 2 * 2 * (11 * 96 + 4 * (96 + 64)) and latent.flops == 2 * 2 * 160 * 4 * 11
+    half = Row("half", 2, 1, 10, kv_dtype="float8_e4m3fn")
+    assert Row("whole", 2, 1, 10).bytes - half.bytes == 2 * 10 * 2 * 4 * 256
+    assert sorted(Row("ragged", 4, 1, 10, ragged=True).prefixes) == [1, 4, 7, 10]
+    uneven = Row("uneven", 4, 10, 6, uneven=True)
+    assert sorted(uneven.new_lengths) == [1, 4, 7, 10] and uneven.prefixes == [0, 6, 0, 6]
+    assert Row("tree", 2, 3, 10, tree=True).bytes - Row("none", 2, 3, 10).bytes == 2 * 9
+
+
+def test_prefix_slots_come_in_runs_of_a_page():
+    slots = make_batch(Row("paged", 2, 3, 32, page=16), torch.device("cpu"), num_sets=1).sets[0].prefix_slots
+    runs = slots.view(-1, 16)
+    assert (runs[:, 0] % 16 == 0).all() and (runs - runs[:, :1] == torch.arange(16)).all()
+    with pytest.raises(ValueError, match="page"):
+        Row("paged", 2, 3, 33, page=16)
+
+
+ADDED = [
+    dict(tree=True), dict(ragged=True), dict(uneven=True), dict(page=4), dict(latent_v=32),
+    dict(kv_dtype="float8_e4m3fn"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("added", ADDED, ids=str)
+def test_the_library_answers_rows_with_more(added):
+    """Worker and provider on a CPU: the batch that a row describes, against the reference."""
+    row = Row("small", 3, 4, 20, 0, 64, 4, 1 if "latent_v" in added else 2, **added)
+    answer = Worker(torch.device("cpu")).answer({"op": "measure", "row": row.to_json(), "provider": OWN})
+    assert answer.get("us_do_bench", 0) > 0, answer
 
 
 def test_rows_are_found_by_name_group_and_shape():

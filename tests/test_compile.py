@@ -31,7 +31,7 @@ def test_the_sample_has_every_architecture_and_every_head_dim():
     sample = list(jobs(everything=False))
     assert {job[0] for job in sample} == set(ARCHITECTURES)
     assert {job[1] for job in sample} == set(HEAD_DIMS)
-    assert {job[2] for job in sample} == {"tiled", "packed"}
+    assert {job[2] for job in sample} >= {"tiled", "packed"}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -25,7 +25,7 @@ from extend_attn.plan import (
 @pytest.mark.parametrize(
     "fields, name",
     (
-        ({"block_m": 8}, "block_m"),
+        ({"block_m": 4}, "block_m"),
         ({"block_m": 48}, "block_m"),
         ({"block_n": 512}, "block_n"),
         ({"num_warps": 3}, "num_warps"),

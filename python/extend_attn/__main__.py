@@ -10,6 +10,7 @@ from typing import List, Optional
 COMMANDS = {
     "demo": ("extend_attn.cli.demo", "chunked prefill and draft verification over a scattered KV pool, checked"),
     "explain": ("extend_attn.cli.explain", "which kernel, tile or all-reduce a call gets, and why; needs no GPU"),
+    "tune": ("extend_attn.cli.tune", "measure plans for given problems and keep the fastest in a table"),
     "bench": ("extend_attn.bench", "measure against the peers that are installed"),
     "jit": ("extend_attn.cli.jit", "compile the C++/CUDA half, show compilers and cache, clean it"),
     "doctor": ("extend_attn.cli.doctor", "versions, devices, folders and settings, with what is wrong among them"),

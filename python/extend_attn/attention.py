@@ -125,13 +125,29 @@ def extend_attention_fwd(
         KernelNotLoaded: a kernel is missing and a CUDA graph is being captured; see ``warmup``.
     """
     _refuse(batch_invariant)
-    checked, prepared = calls.two_stage(
-        q_extend, k_extend, v_extend, o_extend, k_buffer, v_buffer, qo_indptr, kv_indptr, kv_indices, custom_mask,
-        is_causal, mask_indptr, max_len_extend, k_scale, v_scale, sm_scale, logit_cap, skip_prefix_custom_mask,
-        sliding_window_size, sinks, window_kv_offsets, xai_temperature_len,
-        return_lse=return_lse, q_positions=q_positions, max_len_prefix=max_len_prefix,
+    likeness, call = calls.repeated(
+        False,
+        (
+            q_extend, k_extend, v_extend, o_extend, k_buffer, v_buffer, qo_indptr, kv_indptr, kv_indices, None,
+            custom_mask, mask_indptr, sinks, window_kv_offsets, q_positions,
+        ),
+        max_len_extend,
+        max_len_prefix,
+        (
+            is_causal, k_scale, v_scale, sm_scale, logit_cap, skip_prefix_custom_mask, sliding_window_size,
+            xai_temperature_len, return_lse,
+        ),
+        plan is None and tile is None and not check,
     )  # fmt: skip
-    return _run(checked, prepared, plan, tile, check)
+    if call is None:
+        checked = _inputs.two_stage(
+            q_extend, k_extend, v_extend, o_extend, k_buffer, v_buffer, qo_indptr, kv_indptr, kv_indices, custom_mask,
+            is_causal, mask_indptr, max_len_extend, k_scale, v_scale, sm_scale, logit_cap, skip_prefix_custom_mask,
+            sliding_window_size, sinks, window_kv_offsets, xai_temperature_len,
+            return_lse=return_lse, q_positions=q_positions, max_len_prefix=max_len_prefix,
+        )  # fmt: skip
+        call = calls.first(likeness, checked)
+    return _run(call, plan, tile, check)
 
 
 def extend_attention_fwd_unified(
@@ -178,12 +194,25 @@ def extend_attention_fwd_unified(
             window.
     """
     _refuse(batch_invariant)
-    checked, prepared = calls.unified(
-        q, o, k_buffer, v_buffer, k_scale, v_scale, qo_indptr, kv_indptr, kv_indices, prefix_lens, max_len_extend,
-        custom_mask, mask_indptr, sm_scale, logit_cap, is_causal, sliding_window_size, sinks, window_start_pos,
-        xai_temperature_len, return_lse=return_lse, q_positions=q_positions, max_len_prefix=max_len_prefix,
+    likeness, call = calls.repeated(
+        True,
+        (
+            q, None, None, o, k_buffer, v_buffer, qo_indptr, kv_indptr, kv_indices, prefix_lens, custom_mask,
+            mask_indptr, sinks, window_start_pos, q_positions,
+        ),
+        max_len_extend,
+        max_len_prefix,
+        (is_causal, k_scale, v_scale, sm_scale, logit_cap, sliding_window_size, xai_temperature_len, return_lse),
+        plan is None and tile is None and not check,
     )  # fmt: skip
-    return _run(checked, prepared, plan, tile, check)
+    if call is None:
+        checked = _inputs.unified(
+            q, o, k_buffer, v_buffer, k_scale, v_scale, qo_indptr, kv_indptr, kv_indices, prefix_lens, max_len_extend,
+            custom_mask, mask_indptr, sm_scale, logit_cap, is_causal, sliding_window_size, sinks, window_start_pos,
+            xai_temperature_len, return_lse=return_lse, q_positions=q_positions, max_len_prefix=max_len_prefix,
+        )  # fmt: skip
+        call = calls.first(likeness, checked)
+    return _run(call, plan, tile, check)
 
 
 def prepare(*args: Any, **kwargs: Any) -> Tuple[Inputs, Problem, Plan]:
@@ -203,10 +232,12 @@ def _refuse(batch_invariant: bool) -> None:
         raise NotImplementedError("batch_invariant: not available in this version; pass False")
 
 
-def _run(
-    checked: Inputs, prepared: calls.Prepared, plan: PlanLike, tile: TileLike, check: bool
-) -> Optional[torch.Tensor]:
+def _run(call: calls.Call, plan: PlanLike, tile: TileLike, check: bool) -> Optional[torch.Tensor]:
     """Plan and launch a checked call."""
+    prepared, checked, addresses, lse = call
+    if checked is None:
+        prepared.bound.launch(addresses)
+        return lse
     problem = prepared.problem
     if check:
         checked = verify(checked)
@@ -219,11 +250,17 @@ def _run(
     if plan is not None or tile is not None:
         run_plan(_plan(problem, device, plan, tile), checked, problem, explicit=True)
         return checked.lse
+    launching = _launching()
     if prepared.recipe is None:
         prepared.plan = _plan(problem, device, None, None)
-        prepared.recipe = _launching().recipe_of(prepared.plan, checked, problem)
+        prepared.recipe = launching.recipe_of(prepared.plan, checked, problem)
     assert prepared.plan is not None
-    run_plan(prepared.plan, checked, problem, explicit=False, recipe=prepared.recipe)
+    if prepared.bound is None and addresses is not None:  # the kernels may have run already, for other lengths
+        prepared.bound = launching.bind(prepared.recipe, checked)
+    if prepared.bound and prepared.bound.ready():
+        prepared.bound.launch(addresses)
+    else:
+        run_plan(prepared.plan, checked, problem, explicit=False, recipe=prepared.recipe)
     return checked.lse
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 
@@ -15,7 +16,7 @@ INTERPRETED_AS = "sm_90"
 def device_spec(device: torch.device) -> DeviceSpec:
     """The DeviceSpec of a torch device; of CPU tensors, the architecture that the interpreter stands in for."""
     if device.type == "cpu":
-        return DeviceSpec.preset(INTERPRETED_AS)
+        return replace(DeviceSpec.preset(INTERPRETED_AS), interpreted=True)
     return _of_cuda(device.index if device.index is not None else torch.cuda.current_device())
 
 

@@ -19,6 +19,8 @@ QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 INDEX_DTYPES = (torch.int32, torch.int64)
 SINK_DTYPES = QUERY_DTYPES
+ALIGNMENT = 16  # bytes: kernels are specialised for addresses and strides that are multiples of it
+NUM_ROW_TENSORS = 6  # the first fields of Inputs: [rows, heads, dim]
 
 
 class Inputs(NamedTuple):

@@ -185,6 +185,11 @@ class Problem:
         return self.num_kv_indices > 0 and (self.unified or self.max_len_prefix != 0)
 
     @property
+    def has_pool(self) -> bool:
+        """Whether a pool is given, whatever lengths say: what kernels are specialised for."""
+        return self.num_kv_indices > 0 or self.unified
+
+    @property
     def prefix_bound(self) -> Optional[int]:
         """Upper bound of the prefix keys that one sequence reads (``max_len_prefix``, the window), None if unknown."""
         bounds = [n for n in (self.max_len_prefix, self.sliding_window) if n is not None and n >= 0]

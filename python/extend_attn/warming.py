@@ -12,6 +12,7 @@ import torch
 from .attention import run_plan
 from .devices import device_spec
 from .inputs import Inputs
+from .plan.device import DeviceSpec
 from .plan.select import select
 from .problem import FP8_TYPES, Problem
 
@@ -49,6 +50,8 @@ def warmup(
     """
     if not torch.cuda.is_available():
         raise RuntimeError("device: warmup needs a CUDA GPU; CPU tensors run on the reference and need none")
+    from .kernels.launch import recipe_of  # needs Triton
+
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("warmup: a CUDA graph is being captured; call it before the capture")
     index = device if isinstance(device, int) else torch.device("cuda" if device is None else device).index
@@ -63,13 +66,31 @@ def warmup(
         done.add((problem.key(), chosen))
         for inputs in stand_ins(problem, target):
             small = dataclasses.replace(problem, **_sizes(inputs))
-            launched = run_plan(chosen, inputs, small, explicit=plan is not None, key=problem.key())
-            for kernel, _, _, constants in launched:
-                variants.add((kernel.__name__, repr(sorted(constants.items())) + repr(_types(inputs))))
+            recipe = recipe_of(chosen, inputs, small)
+            launched = run_plan(chosen, inputs, small, explicit=plan is not None, key=problem.key(), recipe=recipe)
+            variants |= _variants(launched, inputs)
     torch.cuda.synchronize(target)
     report = WarmupReport(len(variants), time.perf_counter() - start)
     print(report, file=sys.stderr)
     return report
+
+
+def variants_of(problem: Problem, device: DeviceSpec) -> Set[Tuple[str, str]]:
+    """The kernel variants that a problem's plan on ``device`` needs, as ``warmup`` counts them; compiles nothing."""
+    from .kernels.launch import kernels_of
+
+    chosen = select(problem, device)
+    found: Set[Tuple[str, str]] = set()
+    for inputs in stand_ins(problem, torch.device("meta")):
+        small = dataclasses.replace(problem, **_sizes(inputs))
+        found |= _variants(kernels_of(chosen, inputs, small), inputs)
+    return found
+
+
+def _variants(launched: Iterable[tuple], inputs: Inputs) -> Set[Tuple[str, str]]:
+    """(kernel's name, what it is specialised for) of each launch."""
+    types = repr(_types(inputs))
+    return {(kernel.__name__, repr(sorted(constants.items())) + types) for kernel, _, _, constants in launched}
 
 
 def _sizes(inputs: Inputs) -> dict:

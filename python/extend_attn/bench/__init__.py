@@ -13,6 +13,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COLLECTIVES:
         from .collectives.main import main as run
+    elif argv and argv[0] == "host":
+        from .host import main as run
+
+        argv = argv[1:]
     else:
         from .attention import main as run
     return run(argv)

@@ -11,11 +11,18 @@ from dataclasses import asdict, dataclass
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+POOL_BYTES = {**ITEM_BYTES, "float8_e4m3fn": 1, "float8_e5m2": 1}
+SPREAD = 37  # coprime to the batch sizes in use: a ragged batch's lengths come in no order
 
 
 @dataclass(frozen=True)
 class Row:
-    """One shape. ``window`` is the library's: position(q) <= position(k) + window; 0 is none. Causal always."""
+    """One shape. ``window`` is the library's: position(q) <= position(k) + window; 0 is none. Causal always.
+
+    ``kv_dtype`` is the pool's type if it is another; ``latent_v`` > 0 makes V the first so many columns of K (MLA);
+    ``tree`` masks the new tokens as a draft tree; ``ragged`` spreads the prefixes evenly from 1 to ``prefix``;
+    ``uneven`` spreads the new tokens so, and every other sequence has no prefix. Prefix slots come in runs of ``page``.
+    """
 
     name: str
     batch: int
@@ -26,18 +33,53 @@ class Row:
     num_q_heads: int = 8
     num_kv_heads: int = 4
     dtype: str = "bfloat16"
+    kv_dtype: str = ""
+    latent_v: int = 0
+    tree: bool = False
+    ragged: bool = False
+    uneven: bool = False
+    page: int = 1
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.new_tokens < 1 or self.prefix < 0 or self.window < 0:
             raise ValueError(f"{self.name}: batch and new_tokens must be >= 1, prefix and window >= 0")
+        if self.page < 1 or self.prefix % self.page:
+            raise ValueError(f"{self.name}: a page of {self.page} slots does not divide the prefix of {self.prefix}")
         if self.num_kv_heads < 1 or self.num_q_heads % self.num_kv_heads:
             raise ValueError(f"{self.name}: {self.num_q_heads} query heads is no multiple of {self.num_kv_heads}")
         if self.dtype not in ITEM_BYTES:
             raise ValueError(f"{self.name}: dtype {self.dtype!r} is none of {sorted(ITEM_BYTES)}")
+        if self.kv_dtype and self.kv_dtype not in POOL_BYTES:
+            raise ValueError(f"{self.name}: kv_dtype {self.kv_dtype!r} is none of {sorted(POOL_BYTES)}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is a batch of equal sequences with nothing but a window: what every peer is asked for."""
+        return not (self.kv_dtype or self.latent_v or self.tree or self.ragged or self.uneven)
+
+    @property
+    def head_dim_v(self) -> int:
+        return self.latent_v or self.head_dim
+
+    @property
+    def prefixes(self) -> List[int]:
+        """The prefix of each sequence."""
+        if self.uneven:
+            return [self.prefix * (b % 2) for b in range(self.batch)]
+        return self._spread(self.prefix) if self.ragged else [self.prefix] * self.batch
+
+    @property
+    def new_lengths(self) -> List[int]:
+        """The new tokens of each sequence."""
+        return self._spread(self.new_tokens) if self.uneven else [self.new_tokens] * self.batch
+
+    def _spread(self, most: int) -> List[int]:
+        last = max(self.batch - 1, 1)
+        return [1 + (most - 1) * (b * SPREAD % self.batch) // last for b in range(self.batch)]
 
     @property
     def num_tokens(self) -> int:
-        return self.batch * self.new_tokens
+        return sum(self.new_lengths)
 
     @property
     def shape(self) -> str:
@@ -46,30 +88,33 @@ class Row:
 
     @property
     def visible_keys(self) -> int:
-        """Keys of one sequence that at least one of its queries sees."""
-        prefix = min(self.prefix, self.window) if self.window else self.prefix
-        return prefix + self.new_tokens
+        """Prefix keys, over the batch, that at least one query sees."""
+        return sum(min(prefix, self.window) if self.window else prefix for prefix in self.prefixes)
 
     @property
     def visible_pairs(self) -> int:
-        """(query, key) pairs of one sequence that the mask lets through."""
+        """(query, key) pairs over the batch that the causal mask and the window let through."""
         total = 0
-        for row in range(self.new_tokens):
-            seen = self.prefix + row + 1
-            total += min(seen, self.window + 1) if self.window else seen
+        for prefix, new in zip(self.prefixes, self.new_lengths):
+            for row in range(new):
+                seen = prefix + row + 1
+                total += min(seen, self.window + 1) if self.window else seen
         return total
 
     @property
     def bytes(self) -> int:
         """Least traffic of one call: each visible key and value once, each query once, each output once."""
-        item, heads_keys = ITEM_BYTES[self.dtype], self.num_kv_heads * self.visible_keys
-        per_sequence = 2 * heads_keys * self.head_dim + 2 * self.num_q_heads * self.new_tokens * self.head_dim
-        return item * self.batch * per_sequence
+        item = ITEM_BYTES[self.dtype]
+        of_key = self.num_kv_heads * (self.head_dim if self.latent_v else 2 * self.head_dim)
+        of_token = item * (of_key + self.num_q_heads * (self.head_dim + self.head_dim_v))
+        of_tree = self.batch * self.new_tokens**2 if self.tree else 0
+        pool = POOL_BYTES[self.kv_dtype or self.dtype]
+        return pool * of_key * self.visible_keys + of_token * self.num_tokens + of_tree
 
     @property
     def flops(self) -> int:
         """Operations of one call over visible pairs alone: two products, a multiply and an add each."""
-        return 4 * self.head_dim * self.num_q_heads * self.batch * self.visible_pairs
+        return 2 * (self.head_dim + self.head_dim_v) * self.num_q_heads * self.visible_pairs
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -134,6 +179,28 @@ MORE: Tuple[Row, ...] = (
     Row("d128_decode64", 64, 1, 4000, 0, 128, 32, 8),
     Row("d512_prefill", 1, 4096, 0, 0, 512, 8, 2),
     Row("d512_verify", 32, 4, 8000, 0, 512, 8, 2),
+    Row("d64_prefill", 1, 8192, 0, 0, 64, 32, 8),
+    Row("d96_prefill", 1, 8192, 0, 0, 96, 32, 8),
+    Row("window_prefill", 1, 8192, 0, 1024),
+    Row("one_chunk", 1, 512, 8192),
+    Row("chunk16_pref", 16, 128, 2048),
+    Row("long_pref", 1, 2048, 16384),
+    Row("d512_extend_pref", 4, 1024, 4096, 0, 512, 8, 2),
+    Row("uneven_prefill", 16, 4000, 4000, uneven=True),
+    Row("fp8_extend_pref", 4, 1024, 4096, kv_dtype="float8_e4m3fn"),
+    Row("extend_pref_page16", 4, 1024, 4096, page=16),
+    Row("extend_pref_page64", 4, 1024, 4096, page=64),
+    Row("decode32", 32, 1, 8000),
+    Row("one_decode32k", 1, 1, 32000),
+    Row("tree16", 32, 16, 1000, tree=True),
+    Row("ragged16k", 32, 4, 16000, ragged=True),
+    Row("mla_verify", 32, 4, 4000, 0, 576, 16, 1, latent_v=512),
+    Row("gqa3_verify", 32, 4, 4000, 0, 128, 12, 4),
+    Row("gqa5_verify", 32, 4, 4000, 0, 128, 20, 4),
+    Row("gqa7_verify", 32, 4, 4000, 0, 128, 28, 4),
+    Row("gqa16_verify", 32, 4, 4000, 0, 128, 64, 4),
+    Row("fp8_verify_full8k", 32, 4, 8000, kv_dtype="float8_e4m3fn"),
+    Row("fp8_decode64", 64, 1, 4000, 0, 128, 32, 8, kv_dtype="float8_e4m3fn"),
 )
 
 # For a machine without a GPU: the same kinds of work, small enough for the reference.

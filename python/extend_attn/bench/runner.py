@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 
 STARTUP_S = 120.0  # importing torch and making a CUDA context, on a cold and busy machine
+WORKER = "extend_attn.bench.worker"
 PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
@@ -31,7 +32,7 @@ class WorkerProcess:
         device: str,
         *,
         limit_s: float = 60.0,
-        module: str = "extend_attn.bench.worker",
+        module: str = WORKER,
         environment: Optional[Mapping[str, str]] = None,
     ) -> None:
         """module: run with ``python -m`` and the device; environment: what its processes get beside this one's."""
@@ -138,7 +139,9 @@ def _pump(pipe: Any, lines: queue.Queue[Optional[str]]) -> None:
     lines.put(None)
 
 
-def compile_all(tasks: Iterable[Dict[str, Any]], device: str, jobs: int, limit_s: float) -> None:
+def compile_all(
+    tasks: Iterable[Dict[str, Any]], device: str, jobs: int, limit_s: float, *, module: str = WORKER
+) -> None:
     """Run each task's call once, in ``jobs`` workers side by side, so that what is timed later is compiled already.
 
     Failures say nothing here: the same task is measured afterwards, and says it then.
@@ -148,7 +151,7 @@ def compile_all(tasks: Iterable[Dict[str, Any]], device: str, jobs: int, limit_s
         waiting.put({**task, "op": "compile"})
 
     def serve() -> None:
-        with WorkerProcess(device, limit_s=limit_s) as worker:
+        with WorkerProcess(device, limit_s=limit_s, module=module) as worker:
             while True:
                 try:
                     task = waiting.get_nowait()

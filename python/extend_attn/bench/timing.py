@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from statistics import median
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -20,6 +20,7 @@ from .problems import Ceilings
 GRAPH_US = 6000.0
 BURST_US = 60000.0  # measured time per figure; longer and the power cap shows on compute-bound rows
 MAX_CALLS = 400  # nodes of one graph
+HOST_SECONDS = 1.0
 
 Run = Callable[[int], object]
 
@@ -29,13 +30,15 @@ def rotations(bytes_per_call: int, l2_bytes: int, most: int = 20) -> int:
     return max(2, min(most, -(-4 * l2_bytes // max(1, bytes_per_call))))
 
 
-def graph_us(run: Run, num_sets: int) -> Tuple[float, List[object]]:
-    """Median us of one call, by replaying a graph of calls over all sets. Also what the captured calls returned.
+def graph_us(run: Run, num_sets: int, *, burst_us: float = BURST_US) -> Tuple[float, List[object]]:
+    """Median us of one call, by replaying a graph of calls over all sets for about ``burst_us``. Also what the captured
+    calls returned.
 
     The caller has run every set once already (compilation and workspaces lie behind us). Raises what capture raises.
     """
     estimate = max(1.0, event_us(lambda: [run(i) for i in range(num_sets)]) / num_sets)
-    rounds = max(1, min(MAX_CALLS // num_sets, int(GRAPH_US / (estimate * num_sets)) + 1))
+    graph_length = min(GRAPH_US, burst_us / 10)
+    rounds = max(1, min(MAX_CALLS // num_sets, int(graph_length / (estimate * num_sets)) + 1))
     graph = torch.cuda.CUDAGraph()
     returned: List[object] = []
     with torch.cuda.graph(graph):
@@ -43,7 +46,7 @@ def graph_us(run: Run, num_sets: int) -> Tuple[float, List[object]]:
             returned = [run(i) for i in range(num_sets)]
     graph.replay()
     replay = event_us(graph.replay)
-    replays = max(5, min(30, int(BURST_US / max(1.0, replay))))
+    replays = max(5, min(30, int(burst_us / max(1.0, replay))))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -69,6 +72,23 @@ def wall_us(run: Run, seconds: float = 0.2) -> float:
         start = time.perf_counter()
         run(0)
         times.append(1e6 * (time.perf_counter() - start))
+    return median(times)
+
+
+def host_us(calls: Sequence[Callable[[], object]], synchronize: Callable[[], object], bursts: int = 40) -> float:
+    """Median us until an eager call returns to the host, over up to ``bursts`` rounds of ``calls`` (or HOST_SECONDS).
+
+    A round is shorter than the queue of launches (1024), which would make the host wait for the device.
+    """
+    times: List[float] = []
+    end = time.perf_counter() + HOST_SECONDS
+    while not times or (len(times) < bursts and time.perf_counter() < end):
+        synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        times.append(1e6 * (time.perf_counter() - start) / len(calls))
+    synchronize()
     return median(times)
 
 

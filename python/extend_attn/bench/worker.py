@@ -11,6 +11,8 @@ import json
 import os
 import sys
 import time
+from functools import partial
+from statistics import median
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
@@ -20,6 +22,8 @@ from .check import error_of
 from .data import Batch, make_batch
 from .problems import Row
 from .providers import OWN, PROVIDERS, Device, Skip
+
+HOST_BURST = 100  # calls; up to four launches each fit into the queue
 
 
 class TaskWorker:
@@ -87,7 +91,8 @@ class Worker(TaskWorker):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._batch: Optional[Batch] = None
-        self._tasks.update(ceilings=self.ceilings, plans=self.plans, compile=self.compile, measure=self.measure)
+        own = (self.ceilings, self.plans, self.compile, self.measure, self.host)
+        self._tasks.update((task.__name__, task) for task in own)
 
     def hello(self, task: dict) -> dict:
         answer = super().hello(task)
@@ -139,6 +144,24 @@ class Worker(TaskWorker):
         again = error_of(prepared.rows(returned[0]), batch.expected())
         if again.wrong:
             return {**answer, "failed": f"wrong result after graph replay: {again}"}
+        return answer
+
+    def host(self, task: dict) -> dict:
+        """Check, then time what an eager call costs the host: repeated, and with lengths that were not seen before."""
+        row = Row.from_json(task["row"])
+        provider = self._provider(task, row)
+        batch = make_batch(row, self.device, num_sets=1)
+        prepared = provider.prepare(batch, task.get("plan"))
+        batch.poison()
+        error = error_of(prepared.rows(prepared.run(0)), batch.expected())
+        answer = {"plan": prepared.plan, "error": error.max}
+        if error.wrong:
+            return {**answer, "failed": f"wrong result: {error}"}
+        call, other = prepared.call or partial(prepared.run, 0), prepared.other_lengths
+        answer["us_host"] = timing.host_us([call] * HOST_BURST, self._synchronize)
+        if other is not None:
+            each = [timing.host_us([other(n)], self._synchronize, bursts=1) for n in range(1, HOST_BURST + 1)]
+            answer["us_other_lengths"] = median(each)  # some begin a bucket of lengths, and are planned
         return answer
 
     def _provider(self, task: dict, row: Row) -> Any:

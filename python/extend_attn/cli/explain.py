@@ -37,7 +37,7 @@ def problem_from(args: argparse.Namespace, parser: argparse.ArgumentParser) -> P
     given = {name: value for name, value in vars(args).items() if name in names}
     try:
         if args.problem is not None:
-            return dataclasses.replace(Problem.from_json(_read(args.problem)), **given)
+            return dataclasses.replace(Problem.from_json(read(args.problem)), **given)
         needed = [field.name for field in dataclasses.fields(Problem) if field.default is dataclasses.MISSING]
         missing = [name for name in needed if name not in given]
         if missing:
@@ -47,7 +47,8 @@ def problem_from(args: argparse.Namespace, parser: argparse.ArgumentParser) -> P
         parser.error(str(error))
 
 
-def _read(path: str) -> str:
+def read(path: str) -> str:
+    """The text of a file; of standard input for ``-``."""
     if path == "-":
         return sys.stdin.read()
     with open(path, encoding="utf-8") as file:

@@ -122,7 +122,6 @@ def extend_kernel(
     ROWS: tl.constexpr,
     PACKED: tl.constexpr,
     SPLIT: tl.constexpr,
-    ONE_SEQUENCE: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -147,7 +146,6 @@ def extend_kernel(
             window if WINDOW else 0x7FFFFFFF,
             ROWS,
             BLOCK_M,
-            ONE_SEQUENCE,
         )
         if b < 0:
             return

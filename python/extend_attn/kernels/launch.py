@@ -3,57 +3,31 @@
 from __future__ import annotations
 
 import functools
-import math
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Callable, List, Optional
 
 import torch
-import triton
 
 from ..inputs import Inputs
-from ..plan.blocks import block_head_dim, block_head_dim_v
 from ..plan.tile import Plan
 from ..problem import Problem
-from .combine import combine_kernel
-from .compat import CAN_PDL, INTERPRETED, OutOfResources, launch_options, tensor_descriptor
-from .extend import extend_kernel
+from . import launch_plain
+from .bound import bind, remember
+from .compat import INTERPRETED, OutOfResources
+from .recipe import Recipe
+from .workspace import workspaces
 
-__all__ = ["KernelNotLoaded", "OutOfResources", "Recipe", "kernels_of", "launch", "recipe_of"]
+__all__ = ["KernelNotLoaded", "OutOfResources", "Recipe", "bind", "kernels_of", "launch", "recipe_of"]
 
 
 class KernelNotLoaded(RuntimeError):
     """A kernel would have to be compiled or loaded while a CUDA graph is being captured."""
 
 
-class Kernel(NamedTuple):
-    """One launch but for its tensors, which come before ``numbers``. ``constants`` are the compile-time arguments and
-    options by name; a launch passes the former by position (``values``), which is cheaper to bind."""
-
-    function: Any
-    grid: Tuple[int]
-    numbers: tuple
-    constants: Dict[str, Any]
-    values: tuple
-    options: Dict[str, Any]
-
-
-class Recipe(NamedTuple):
-    """All that a plan launches but the tensors: the same for all calls of one problem with these scalars and strides.
-
-    ``boxes`` are the shapes of the TMA boxes of K and V; ``partial`` the elements of the splits' results, and of their
-    maxima and sums.
-    """
-
-    extend: Kernel
-    combine: Optional[Kernel]
-    boxes: Optional[Tuple[List[int], List[int]]]
-    partial: Tuple[int, int]
-
-
 def launch(plan: Plan, inputs: Inputs, problem: Problem, recipe: Optional[Recipe] = None) -> List[tuple]:
     """Enqueues the kernels of ``plan`` on the current stream of the inputs' device.
 
     Returns what was launched: (kernel, grid, arguments, constants) each. ``recipe`` is that of the plan and inputs, if
-    it is there already.
+    it is there already; its kernels are kept for ``bind``.
 
     Raises ``OutOfResources`` (nothing enqueued) if the tile does not fit the device, ``KernelNotLoaded``
     (nothing enqueued) if the stream is capturing and a kernel is not loaded yet.
@@ -70,187 +44,46 @@ def launch(plan: Plan, inputs: Inputs, problem: Problem, recipe: Optional[Recipe
 
 
 def _launch(plan: Plan, inputs: Inputs, problem: Problem, recipe: Optional[Recipe]) -> List[tuple]:
+    repeats = recipe is not None
     recipe = recipe_of(plan, inputs, problem) if recipe is None else recipe
     kernels = kernels_of(plan, inputs, problem, recipe)
     if not INTERPRETED and torch.cuda.is_current_stream_capturing():
         _require_loaded(kernels)
-    for kernel, (_, _, arguments, _) in zip((recipe.extend, recipe.combine), kernels):
+    for kernel, (_, _, arguments, _) in zip(recipe.kernels, kernels):
         # what kernel[grid](...) does
-        kernel.function.run(*arguments, *kernel.values, grid=kernel.grid, warmup=False, **kernel.options)
+        compiled = kernel.function.run(*arguments, *kernel.values, grid=kernel.grid, warmup=False, **kernel.options)
+        if repeats:
+            remember(kernel, arguments, compiled, inputs.q.device)
     return kernels
 
 
 def kernels_of(plan: Plan, inputs: Inputs, problem: Problem, recipe: Optional[Recipe] = None) -> List[tuple]:
     """(kernel, grid, arguments, constants) of each launch that ``plan`` takes, in order."""
     recipe = recipe_of(plan, inputs, problem) if recipe is None else recipe
-    extend, combine = recipe.extend, recipe.combine
-    if combine is None:
-        return [(extend.function, extend.grid, _extend_arguments(inputs, None, None, recipe), extend.constants)]
-    # from the caching allocator: per stream when eager, the graph's own under capture
-    partial, partial_ml = (torch.empty(n, dtype=torch.float32, device=inputs.q.device) for n in recipe.partial)
-    arguments = [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, partial, partial_ml, *combine.numbers]
+    own = workspaces(recipe.workspaces, inputs.q.device)
     return [
-        (extend.function, extend.grid, _extend_arguments(inputs, partial, partial_ml, recipe), extend.constants),
-        (combine.function, combine.grid, arguments, combine.constants),
+        (kernel.function, kernel.grid, [*tensors, *kernel.numbers], kernel.constants)
+        for kernel, tensors in zip(recipe.kernels, recipe.tensors(inputs, *own))
     ]
 
 
 def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     """What ``plan`` launches for calls like this one."""
-    packed = plan.family == "packed"
-    rows = problem.group if packed or plan.pack_gqa else 1
-    block_m = plan.tile.block_m
-    head_blocks = problem.num_q_heads // rows
-    row_blocks = -(-problem.max_len_extend * rows // block_m)
-    if packed:
-        tiles = problem.batch_size * row_blocks * head_blocks
-    else:  # an upper bound that a host knows; the device finds out which blocks there are
-        ragged = -(-problem.num_tokens * rows // block_m) + problem.batch_size
-        tiles = min(problem.batch_size * row_blocks, ragged) * head_blocks
-    splits = plan.split_kv if packed else 1
-    pdl = plan.pdl and splits > 1 and CAN_PDL
-    constants = dict(
-        _constants(inputs, problem),
-        BLOCK_M=block_m,
-        BLOCK_N=plan.tile.block_n,
-        ROWS=rows,
-        PACKED=packed,
-        SPLIT=splits > 1,
-        ONE_SEQUENCE=problem.batch_size == 1,
-        TMA=plan.tma,
-        PDL=pdl,
-    )
-    boxes = None
-    block_d, block_dv = constants["BLOCK_D"], constants["BLOCK_DV"]
-    if plan.tma:  # one tile of one head
-        boxes = [plan.tile.block_n, 1, block_d], [plan.tile.block_n, 1, block_dv]
-    extend = _kernel(
-        extend_kernel,
-        tiles * splits,
-        _numbers(inputs, splits, row_blocks),
-        constants,
-        num_warps=plan.tile.num_warps,
-        num_stages=plan.tile.num_stages,
-    )
-    if splits == 1:
-        return Recipe(extend, None, boxes, (0, 0))
-    constants = dict(
-        NUM_HEADS=problem.num_q_heads,
-        HEAD_DIM_V=problem.head_dim_v,
-        BLOCK_DV=block_dv,
-        SINKS=problem.sinks,
-        LSE=problem.return_lse,
-        BLOCK_M=block_m,
-        ROWS=rows,
-        CHUNK=max(2, min(triton.next_power_of_2(splits), 4096 // block_dv)),
-        PDL=pdl,
-    )
-    combine = _kernel(
-        combine_kernel,
-        tiles * block_m,
-        (*_strides(inputs.o), splits, row_blocks),
-        constants,
-        num_warps=4,
-        **launch_options(pdl),
-    )
-    slots = tiles * splits * block_m
-    return Recipe(extend, combine, boxes, (slots * block_dv, slots * 2))
-
-
-def _kernel(function: Any, programs: int, numbers: tuple, constants: Dict[str, Any], **options: Any) -> Kernel:
-    """``constants`` are the kernel's compile-time parameters, which come last, in their order."""
-    assert function.arg_names[-len(constants) :] == list(constants), function.arg_names
-    return Kernel(function, (programs,), numbers, {**constants, **options}, tuple(constants.values()), options)
-
-
-def _extend_arguments(
-    inputs: Inputs, partial: Optional[torch.Tensor], partial_ml: Optional[torch.Tensor], recipe: Recipe
-) -> List[object]:
-    """With ``_numbers``, the one place that knows the order of extend_kernel's arguments."""
-    (q, k_new, v_new, o, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr, sinks,
-     window_offsets, q_positions, lse) = inputs[:_NUM_TENSORS]  # fmt: skip
-    k_desc = v_desc = None
-    if recipe.boxes is not None:
-        k_desc, v_desc = (tensor_descriptor(t, box) for t, box in zip((k_new, v_new), recipe.boxes))
-    if mask is not None:
-        mask = mask.view(torch.uint8)
-    return [
-        q, k_new, v_new, o, _pool(k_pool), _pool(v_pool), k_desc, v_desc,
-        qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr,
-        sinks, window_offsets, q_positions, lse, partial, partial_ml, *recipe.extend.numbers,
-    ]  # fmt: skip
-
-
-def _numbers(i: Inputs, splits: int, row_blocks: int) -> tuple:
-    length = i.xai_temperature_len
-    return (
-        *_strides(i.q), *_strides(i.k_new), *_strides(i.v_new), *_strides(i.o),
-        *_strides(i.k_pool), *_strides(i.v_pool),
-        i.batch_size, i.sliding_window,
-        abs(i.sm_scale) * _LOG2E, abs(i.sm_scale) * i.k_scale * _LOG2E, i.v_scale, i.logit_cap,
-        length, math.log2(length) if length > 1 else 1.0,
-        splits, row_blocks,
-    )  # fmt: skip
-
-
-_LOG2E = math.log2(math.e)
-_NUM_TENSORS = Inputs._fields.index("batch_size")
-
-
-def _pool(t: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-    """The pool as the kernel reads it (see fp8.py): codes as bytes where Triton's conversion is missing or wrong.
-
-    Its e5m2 to bf16 turns Inf and NaN codes into numbers (seen with 3.6 on sm_90).
-    """
-    if t is not None and t.dtype == torch.float8_e5m2:
-        return t.view(torch.int8)
-    if t is not None and t.dtype == torch.float8_e4m3fn and not converts_e4m3(t.device):
-        return t.view(torch.uint8)
-    return t
+    return _builder(plan.family)(plan, inputs, problem)
 
 
 @functools.cache
-def converts_e4m3(device: torch.device) -> bool:
-    """Whether Triton converts e4m3 on this device: from sm_89 on; the interpreter takes NaN codes for numbers."""
-    if device.type == "cpu":
-        return False
-    if device.type == "meta":  # compiled for an architecture that may not be here
-        return True
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+def _builder(family: str) -> Callable[[Plan, Inputs, Problem], Recipe]:
+    """The recipe builder of a family; Gluon is imported where a plan asks for it, since older Tritons have none."""
+    if family == "hopper_packed":
+        from .hopper import launch_packed
 
+        return launch_packed.recipe_of
+    if family == "hopper_tiled":
+        from .hopper import launch_tiled
 
-def _strides(t: Optional[torch.Tensor]) -> Tuple[int, int]:
-    return t.stride()[:2] if t is not None else (0, 0)
-
-
-def _constants(inputs: Inputs, problem: Problem) -> dict:
-    """What a compiled kernel is specialised for: dims and features, so that a feature that is off costs nothing."""
-    block_d, block_pe = block_head_dim(problem.head_dim_qk)
-    block_dv = block_head_dim_v(problem.head_dim_v, problem.head_dim_qk)
-    return dict(
-        NUM_HEADS=problem.num_q_heads,
-        GROUP=problem.group,
-        HEAD_DIM=problem.head_dim_qk,
-        HEAD_DIM_V=problem.head_dim_v,
-        BLOCK_D=block_d,
-        BLOCK_PE=block_pe,
-        BLOCK_DV=block_dv,
-        HAS_POOL=inputs.k_pool is not None,
-        UNIFIED=problem.unified,
-        CAUSAL=problem.is_causal,
-        WINDOW=problem.sliding_window > 0,
-        MASK=problem.custom_mask,
-        MASK_PREFIX=problem.mask_prefix,
-        SINKS=problem.sinks,
-        CAP=problem.logit_cap > 0,
-        TEMPERATURE=problem.xai_temperature_len > 1,
-        Q_POSITIONS=problem.q_positions,
-        LSE=problem.return_lse,
-        V_SCALED=inputs.v_scale != 1.0 and inputs.k_pool is not None,
-        V_IS_K_POOL=problem.v_aliases_k_pool and block_dv == block_d,
-        V_IS_K_NEW=problem.v_aliases_k_new and block_dv == block_d,
-        NEGATE_Q=inputs.sm_scale < 0,
-    )
+        return launch_tiled.recipe_of
+    return launch_plain.recipe_of
 
 
 def _require_loaded(kernels: list) -> None:

@@ -34,13 +34,14 @@ def find_item(
     window,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    ONE_SEQUENCE: tl.constexpr,
 ):
     """(sequence, block of BLOCK_M rows) of a work item; sequence -1 past the last item. ``ROWS`` rows a token."""
-    if ONE_SEQUENCE:
+    seq = -1
+    block = 0
+    if batch_size == 1:  # at run time: as a constant it would double a model's kernels
         extend = (tl.load(qo_indptr + 1) - tl.load(qo_indptr)).to(tl.int32)
         block = tl.cdiv(extend * ROWS, BLOCK_M) - 1 - item
-        return tl.where(block >= 0, 0, -1), block
+        seq = tl.where(block >= 0, 0, -1)
     else:
         ids = tl.arange(0, BUCKETS)
         count = tl.zeros([BUCKETS], tl.int32)
@@ -52,8 +53,6 @@ def find_item(
         mine = (before <= item) & (item < before + count)
         my_bucket = tl.max(tl.where(mine, ids, -1), 0)
         offset = item - tl.sum(tl.where(mine, before, 0), 0)
-        seq = -1
-        block = 0
         for first in tl.range(0, batch_size, CHUNK, num_stages=1):
             b, tiles, bucket = _tiles_and_bucket(qo_indptr, kv_indptr, first, batch_size, window, ROWS, BLOCK_M)
             tiles = tl.where(bucket == my_bucket, tiles, 0)
@@ -62,4 +61,4 @@ def find_item(
             seq = tl.maximum(seq, tl.max(tl.where(here, b, -1), 0))
             block += tl.sum(tl.where(here, end - 1 - offset, 0), 0)
             offset -= tl.sum(tiles, 0)
-        return seq, block
+    return seq, block

@@ -7,27 +7,28 @@ from typing import Iterable, Iterator, List, Optional
 
 from ..problem import Problem
 from .device import DeviceSpec
-from .heuristics import heuristic
+from .heuristics import heuristic, plain_family
 from .legality import illegal, shared_memory_bytes
 from .sglang_rule import sglang_plan
 from .tile import BLOCK_MAX, BLOCK_MIN, STAGES_MAX, Plan, Tile
 
 # Below this a K/V tile is too narrow to keep the tensor cores busy; rows are given up before keys are.
 NARROW_BLOCK_N = 32
+HOPPER_BLOCK_N = 64
 
 
 def candidates(problem: Problem, device: DeviceSpec) -> List[Plan]:
     """Distinct plans: the heuristic's choice, its ever smaller versions, its neighbours, SGLang's rule and the old one.
 
     Plans that are illegal on ``device`` are in it (``illegal`` says why). The first legal one is the default where
-    nothing was measured.
+    nothing was measured. Where a Hopper family is the choice, that of the plain families follows.
     """
     first = heuristic(problem, device)
+    plain = heuristic(problem, device, plain_family(problem)) if first.hopper else first
     return _distinct(
         (
-            first,
-            *shrinking(problem, first, device),
-            *_neighbours(first),
+            *(p for plan in dict.fromkeys((first, plain)) for p in (plan, *shrinking(problem, plan, device))),
+            *neighbours(first),
             sglang_plan(problem, device),
             sglang_plan(problem, device, legacy=True),
         )
@@ -72,19 +73,21 @@ def shrinking(problem: Problem, plan: Plan, device: DeviceSpec) -> Iterator[Plan
     """Ever smaller versions of ``plan``, legal or not, down to the smallest tile.
 
     Fewer stages down to two, fewer keys down to NARROW_BLOCK_N, fewer rows (which also free registers), then the
-    narrowest tile, and one stage last: without a pipeline nothing hides the loads.
+    narrowest tile, and one stage last: without a pipeline nothing hides the loads. The Hopper families' keys stay at
+    what a warpgroup product takes.
     """
+    narrow, narrowest = (HOPPER_BLOCK_N, HOPPER_BLOCK_N) if plan.hopper else (NARROW_BLOCK_N, BLOCK_MIN)
     while True:
         tile = plan.tile
         if tile.num_stages > 2:
             tile = replace(tile, num_stages=tile.num_stages - 1)
-        elif tile.block_n > NARROW_BLOCK_N:
+        elif tile.block_n > narrow:
             tile = replace(tile, block_n=tile.block_n // 2)
         elif tile.block_m > BLOCK_MIN:
             tile = replace(tile, block_m=tile.block_m // 2)
-        elif tile.block_n > BLOCK_MIN:
+        elif tile.block_n > narrowest:
             tile = replace(tile, block_n=tile.block_n // 2)
-        elif tile.num_stages > 1:
+        elif tile.num_stages > 1 and not plan.hopper:
             tile = replace(tile, num_stages=1)
         else:
             return
@@ -92,7 +95,7 @@ def shrinking(problem: Problem, plan: Plan, device: DeviceSpec) -> Iterator[Plan
         yield plan
 
 
-def _neighbours(plan: Plan) -> Iterator[Plan]:
+def neighbours(plan: Plan) -> Iterator[Plan]:
     """One step in each direction, for sweeps."""
     tile = plan.tile
     wider, narrower = tile.block_n * 2, tile.block_n // 2
@@ -112,7 +115,7 @@ def _neighbours(plan: Plan) -> Iterator[Plan]:
     if plan.family == "tiled":
         yield replace(plan, pack_gqa=not plan.pack_gqa)
         yield replace(plan, tma=not plan.tma)
-    else:
+    elif plan.packed:
         yield replace(plan, split_kv=plan.split_kv * 2)
         if plan.split_kv > 1:
             yield replace(plan, split_kv=plan.split_kv // 2)

@@ -36,7 +36,8 @@ class DeviceSpec:
 
     ``name`` as the driver reports it, ``capability`` (major, minor) or "hip", ``shared_memory`` the bytes one block
     can opt in to, ``registers`` the 32-bit registers of one multiprocessor, ``warp_size`` in threads, ``triton`` the
-    version in use ("" if not known: taken to be a recent one). Raises ValueError naming the field.
+    version in use ("" if not known: taken to be a recent one), ``interpreted`` whether Triton's interpreter stands in
+    for the GPU. Raises ValueError naming the field.
     """
 
     name: str
@@ -46,6 +47,7 @@ class DeviceSpec:
     registers: int = 65536
     warp_size: int = 32
     triton: str = ""
+    interpreted: bool = False
 
     def __post_init__(self) -> None:
         if self.capability != "hip":
@@ -64,6 +66,10 @@ class DeviceSpec:
     def arch(self) -> str:
         """Name of the architecture, as files and options spell it: "sm_90", or "hip"."""
         return "hip" if isinstance(self.capability, str) else f"sm_{self.capability[0]}{self.capability[1]}"
+
+    def triton_at_least(self, major: int, minor: int) -> bool:
+        """Whether Triton is of at least that version; one that is not known counts as recent."""
+        return not self.triton or tuple(int(n) for n in self.triton.split(".")[:2]) >= (major, minor)
 
     def at_least(self, major: int, minor: int = 0) -> bool:
         """Whether this is an NVIDIA GPU of at least that compute capability."""

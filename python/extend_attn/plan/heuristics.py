@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Optional, Sequence, Tuple
+from typing import Callable, Dict, Optional, Sequence, Tuple
 
 from ..problem import Problem
 from .blocks import block_head_dim_v, next_power_of_2
 from .device import DeviceSpec
+from .heuristics_hopper import hopper_packed_plan, hopper_tiled_plan, preferred_hopper_plan
 from .legality import no_tma
 from .tile import Plan, Tile
 
@@ -68,15 +69,19 @@ FP32_TILES = (
 FP32_TILE_LARGER = Tile(16, 16, 8, 2)
 
 
-def family(problem: Problem) -> str:
+def plain_family(problem: Problem) -> str:
     """ "packed" for a few new tokens a sequence, "tiled" for more."""
     return "packed" if problem.max_len_extend <= PACKED_MAX_LEN_EXTEND else "tiled"
 
 
 def heuristic(problem: Problem, device: DeviceSpec, family_name: Optional[str] = None) -> Plan:
     """The preferred plan (of ``family_name``, if given), legal or not; plan/candidates.py makes it fit the device."""
-    name = family_name or family(problem)
-    return packed_plan(problem, device) if name == "packed" else tiled_plan(problem, device)
+    if family_name is None:
+        preferred = preferred_hopper_plan(problem, device)
+        if preferred is not None:
+            return preferred
+    name = family_name or plain_family(problem)
+    return _PLANS[name](problem, device)
 
 
 def packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
@@ -145,6 +150,14 @@ def tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     pack = gain and group > 1 and group & (group - 1) == 0 and group <= tile.block_m
     tma = problem.dtype != "float32" and not problem.custom_mask and no_tma(problem, device) is None
     return Plan("tiled", tile, pack_gqa=pack, tma=tma, source="heuristic")
+
+
+_PLANS: Dict[str, Callable[[Problem, DeviceSpec], Plan]] = {
+    "tiled": tiled_plan,
+    "packed": packed_plan,
+    "hopper_tiled": hopper_tiled_plan,
+    "hopper_packed": hopper_packed_plan,
+}
 
 
 def _by_head_dim(head_dim: int, tiles: Sequence[Tuple[int, Tile]], larger: Tile) -> Tile:

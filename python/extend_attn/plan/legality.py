@@ -7,6 +7,7 @@ from typing import Optional
 from ..problem import ELEMENT_SIZE, Problem
 from .blocks import block_head_dim, block_head_dim_v
 from .device import DeviceSpec
+from .legality_hopper import hopper_illegal, hopper_shared_memory
 from .tile import BLOCK_MIN, Plan, Tile
 
 # 32-bit registers a thread can address (every architecture so far).
@@ -29,6 +30,8 @@ def shared_memory_bytes(problem: Problem, plan: Plan, device: DeviceSpec) -> int
     - The weights P where operands come from registers.
     - Prefetched mask bytes and positions; on data-centre Blackwell a tile of fp32 logits on its way to the mask.
     """
+    if plan.hopper:
+        return hopper_shared_memory(problem, plan)
     tile = plan.tile
     size = ELEMENT_SIZE[problem.dtype]
     shared_operands = _reads_shared(problem, plan, device)
@@ -87,7 +90,13 @@ def accumulator_registers(problem: Problem, plan: Plan, device: DeviceSpec) -> i
 def illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
     """Why ``plan`` cannot run ``problem`` on ``device``, or None if it can."""
     tile = plan.tile
-    if plan.family == "packed":
+    if plan.hopper:
+        return hopper_illegal(problem, plan, device)
+    if plan.programs:
+        return f"programs: {plan.programs}; only hopper_packed shares all sequences' keys evenly"
+    if tile.block_m < BLOCK_MIN:
+        return f"block_m: {tile.block_m}; the plain Triton families take {BLOCK_MIN} rows and more"
+    if plan.packed:
         if plan.pack_gqa:
             return "pack_gqa: a flag of the tiled family; the packed family always packs"
         if plan.tma:
@@ -117,7 +126,7 @@ def no_tma(problem: Problem, device: DeviceSpec) -> Optional[str]:
     """Why the new K/V cannot be loaded through TMA descriptors, or None if they can."""
     if not device.at_least(9):
         return f"needs sm_90 or newer, not {device.arch}"
-    if device.triton and tuple(int(n) for n in device.triton.split(".")[:2]) < TMA_TRITON:
+    if not device.triton_at_least(*TMA_TRITON):
         return f"needs Triton {TMA_TRITON[0]}.{TMA_TRITON[1]} or newer, not {device.triton}"
     if problem.unified:
         return "a unified call has no contiguous new K/V; its keys are all gathered"

@@ -14,10 +14,10 @@ from ..problem import Problem
 from . import tables
 from .candidates import candidates, fitting
 from .device import DeviceSpec
-from .heuristics import heuristic
+from .heuristics import heuristic, plain_family
 from .legality import illegal
 from .sglang_rule import VERIFY_MIN_BATCH, sglang_plan
-from .tile import Plan, Tile
+from .tile import FAMILIES, Plan, Tile
 
 PlanLike = Union[None, str, Plan, Mapping[str, Any]]
 TileLike = Union[None, Tile, Mapping[str, Any], Sequence[int]]
@@ -41,7 +41,8 @@ def select(
     """The plan that ``problem`` runs with on ``device``; what a repeated call costs is one look into a dict.
 
     ``plan``: None for the default choice; a Plan; a dict of Plan fields, the missing ones from the default choice (of
-    the family that the dict names); or a selector: "heuristic" (no tables), "sglang", "sglang-legacy", "table:PATH"
+    the family that the dict names; where the default is a Hopper family that they do not go with, from the plain
+    family's); or a selector: "heuristic" (no tables), "sglang", "sglang-legacy", "table:PATH"
     (as ``table=PATH``). ``tile`` is short for ``plan={"tile": tile}`` and may accompany a selector. ``table`` is a
     file of measured rows that stands for the user's own; a problem that it does not cover goes on to the packaged ones.
 
@@ -98,6 +99,12 @@ def _choose(problem: Problem, device: DeviceSpec, plan: PlanLike, tile: TileLike
             return base
         chosen = base.merged({**changes, "source": "explicit"}) if changes else base
     reason = illegal(problem, chosen, device)
+    if reason and chosen.hopper and isinstance(plan, (Mapping, type(None))) and "family" not in changes:
+        # the default choice is a Hopper family, which the fields do not go with: they are laid over the plain one
+        sized = problem.bucketed()
+        base = fitting(sized, heuristic(sized, device, plain_family(sized)), device)
+        chosen = base.merged({**changes, "source": "explicit"})
+        reason = illegal(problem, chosen, device)
     if reason:
         raise ValueError(f"plan: {chosen} cannot run here: {reason}")
     return chosen
@@ -119,7 +126,7 @@ def _base(
     elif plan is not None and not isinstance(plan, Mapping):
         raise TypeError(f"plan: got {plan!r}; expected a Plan, a dict of its fields, or a selector's name")
     default = default_plan(sized, device, table)
-    if family in ("tiled", "packed") and family != default.family:
+    if family in FAMILIES and family != default.family:
         return fitting(sized, heuristic(sized, device, family), device), False
     return default, False
 

@@ -121,7 +121,7 @@ def _distance(row: Problem, problem: Problem, plan: Plan) -> Optional[int]:
     batch = _octaves(pairs, pairs2)
     new = _octaves(extend, extend2)
     old = _octaves(min(prefix, PREFIX_IS_LONG), min(prefix2, PREFIX_IS_LONG))
-    if plan.family == "packed" and batch and (plan.split_kv > 1 or pairs2 < pairs):
+    if plan.packed and batch and (plan.split_kv > 1 or pairs2 < pairs):
         return None  # splits fill the GPU for one number of programs, and none do for this many or more
     if batch > OCTAVES_OF_BATCH or old > OCTAVES_OF_PREFIX:
         return None

@@ -6,11 +6,16 @@ import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Dict, Mapping, Sequence, Union
 
-FAMILIES = ("tiled", "packed")
+# The plain Triton families, and their Gluon twins for Hopper, which do the same work.
+PLAIN_FAMILIES = ("tiled", "packed")
+HOPPER_FAMILIES = ("hopper_tiled", "hopper_packed")
+FAMILIES = (*PLAIN_FAMILIES, *HOPPER_FAMILIES)
 BLOCK_MIN, BLOCK_MAX = 16, 256
+BLOCK_M_MIN = 8  # the narrowest warpgroup product; the plain families take BLOCK_MIN rows and more
 WARPS = (1, 2, 4, 8, 16, 32)
 STAGES_MAX = 8
 SPLITS_MAX = 1024
+PROGRAMS_MAX = 4096
 
 
 def _integer(name: str, value: Any) -> None:
@@ -32,11 +37,11 @@ class Tile:
     num_stages: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("block_m", "block_n"):
+        for name, smallest in (("block_m", BLOCK_M_MIN), ("block_n", BLOCK_MIN)):
             value = getattr(self, name)
             _integer(name, value)
-            if not BLOCK_MIN <= value <= BLOCK_MAX or value & (value - 1):
-                raise ValueError(f"{name}: got {value}; allowed are powers of two from {BLOCK_MIN} to {BLOCK_MAX}")
+            if not smallest <= value <= BLOCK_MAX or value & (value - 1):
+                raise ValueError(f"{name}: got {value}; allowed are powers of two from {smallest} to {BLOCK_MAX}")
         _integer("num_warps", self.num_warps)
         if self.num_warps not in WARPS:
             raise ValueError(f"num_warps: got {self.num_warps}; allowed are {', '.join(map(str, WARPS))}")
@@ -68,10 +73,13 @@ class Plan:
     """How a problem is run.
 
     ``family``: "tiled" (a flat grid over blocks of query rows; prefill and chunks) or "packed" (all query heads of a KV
-    head and all new tokens in one tile's rows, one read of K/V; verify and decode). ``split_kv`` (packed) is the upper
-    bound of programs that share one sequence's keys; on the device short sequences use fewer. ``pack_gqa`` (tiled) puts
-    the query heads of a KV head into one tile's rows. ``tma`` (tiled, sm_90+) loads the contiguous new K/V through TMA
-    descriptors, ``pdl`` (sm_90+) starts the combine kernel before the splits end. ``source`` says who chose this plan;
+    head and all new tokens in one tile's rows, one read of K/V; verify and decode); "hopper_tiled" and "hopper_packed"
+    are the same in Gluon, for sm_90 alone. ``split_kv`` (packed) is the upper bound of programs that share one
+    sequence's keys; on the device short sequences use fewer. ``programs`` (hopper_packed), if > 0: so many programs
+    share the keys of all sequences evenly instead, whatever their lengths. ``pack_gqa`` (tiled) puts the query heads of
+    a KV head into one tile's rows. ``tma`` (tiled, sm_90+) loads the contiguous new K/V through TMA descriptors.
+    ``pdl`` (sm_90+): a kernel is launched before the one ahead of it ends, and waits on the device: the combine kernel,
+    and in hopper_packed the attention kernel too. ``source`` says who chose this plan;
     it takes no part in comparisons.
     """
 
@@ -81,26 +89,42 @@ class Plan:
     pack_gqa: bool = False
     tma: bool = False
     pdl: bool = False
+    programs: int = 0
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
-            raise ValueError(f"family: got {self.family!r}; allowed are {' and '.join(FAMILIES)}")
+            raise ValueError(f"family: got {self.family!r}; allowed are {', '.join(FAMILIES)}")
         if not isinstance(self.tile, Tile):
             raise TypeError(f"tile: got {self.tile!r}; expected a Tile")
         _integer("split_kv", self.split_kv)
         if not 1 <= self.split_kv <= SPLITS_MAX:
             raise ValueError(f"split_kv: got {self.split_kv}; allowed are 1 to {SPLITS_MAX}")
+        _integer("programs", self.programs)
+        if not 0 <= self.programs <= PROGRAMS_MAX:
+            raise ValueError(f"programs: got {self.programs}; allowed are 0 to {PROGRAMS_MAX}")
         for name in ("pack_gqa", "tma", "pdl"):
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; it is a flag, True or False")
         if not isinstance(self.source, str):
             raise TypeError(f"source: got {self.source!r}; expected text")
 
+    @property
+    def packed(self) -> bool:
+        """Whether all new tokens and heads of a KV head share a tile, and ``split_kv`` programs a sequence's keys."""
+        return self.family.endswith("packed")
+
+    @property
+    def hopper(self) -> bool:
+        """Whether the kernel is one of those written for sm_90."""
+        return self.family in HOPPER_FAMILIES
+
     def __str__(self) -> str:
         parts = [self.family, str(self.tile)]
         if self.split_kv > 1:
             parts.append(f"split {self.split_kv}")
+        if self.programs:
+            parts.append(f"even {self.programs}")
         parts += [name for name in ("pack_gqa", "tma", "pdl") if getattr(self, name)]
         return " ".join(parts)
 

@@ -28,12 +28,15 @@ class Prepared:
 
     run: computes set ``i`` and returns its output as the provider lays it out. rows: turns that into ``[T, Hq, D]``
     (outside the timing). plan: what decided the speed, as JSON: the tile, the page size, what was done beforehand.
+    call: set 0 as an engine would call it, without what ``run`` adds for the bench; what the host bench times.
     """
 
     run: Callable[[int], Any]
     rows: Callable[[Any], torch.Tensor] = lambda out: out
     plan: Optional[Dict[str, Any]] = None
     problem: Optional[Dict[str, Any]] = None  # the library's own: what a measured table is keyed by
+    call: Optional[Callable[[], Any]] = None
+    other_lengths: Optional[Callable[[int], Callable[[], Any]]] = None  # the n-th call with lengths of its own
     keep: List[Any] = field(default_factory=list)  # what must outlive the calls
 
 
@@ -69,5 +72,9 @@ def needs_gpu(device: Device) -> Optional[str]:
     return None if device.type == "cuda" else "needs a GPU"
 
 
+def needs_plain(row: Row) -> Optional[str]:
+    return None if row.plain else "peers are asked for batches of equal sequences without masks, fp8 or latent values"
+
+
 def needs_no_prefix(row: Row) -> Optional[str]:
-    return "takes no scattered prefix" if row.prefix else None
+    return "takes no scattered prefix" if row.prefix else needs_plain(row)

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional
 
 from ..problems import Row
-from .base import Device, Prepared, Provider, Skip, needs_gpu
+from .base import Device, Prepared, Provider, Skip, needs_gpu, needs_plain
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +41,8 @@ class FlashAttention3(Provider):
         self.what = f"FlashAttention 3, prefixes in pages of {page_size}"
 
     def refuses(self, row: Row, device: Device) -> Optional[str]:
-        if needs_gpu(device):
-            return needs_gpu(device)
+        if needs_gpu(device) or not row.plain:
+            return needs_gpu(device) or needs_plain(row)
         if device.capability is None or device.capability[0] != 9:
             return f"FlashAttention 3 is for compute capability 9.x, this is {device.capability}"
         if row.head_dim > LARGEST_HEAD_DIM:

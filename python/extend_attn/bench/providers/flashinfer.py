@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Dict, Optional
 
 from ..problems import Row
-from .base import Device, Prepared, Provider, Skip, needs_gpu
+from .base import Device, Prepared, Provider, Skip, needs_gpu, needs_plain
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,8 @@ class FlashInfer(Provider):
         self.what = f"FlashInfer paged prefill, backend {backend}, page size 1"
 
     def refuses(self, row: Row, device: Device) -> Optional[str]:
-        if needs_gpu(device):
-            return needs_gpu(device)
+        if needs_gpu(device) or not row.plain:
+            return needs_gpu(device) or needs_plain(row)
         if row.head_dim > LARGEST_HEAD_DIM:
             return f"FlashInfer has no kernel past head dim {LARGEST_HEAD_DIM}"
         if row.dtype == "float32":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Optional
 
 from ..problems import Row
-from .base import Device, Prepared, Provider, needs_gpu
+from .base import Device, Prepared, Provider, needs_gpu, needs_plain
 
 if TYPE_CHECKING:
     from ..data import Batch
@@ -16,7 +16,7 @@ class Flex(Provider):
     what = "torch flex_attention, compiled; keys gathered beforehand"
 
     def refuses(self, row: Row, device: Device) -> Optional[str]:
-        return needs_gpu(device)
+        return needs_gpu(device) or needs_plain(row)
 
     def prepare(self, batch: Batch, plan: Optional[Any] = None) -> Prepared:
         import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 from .base import OWN, Prepared, Provider
@@ -11,22 +12,20 @@ if TYPE_CHECKING:
     from ..data import Batch
 
 
+KV_INDICES, MAX_LEN_EXTEND = 8, 12  # their places among the arguments
+
+
 class Ours(Provider):
     name = OWN
     what = "this library; --plan, --sweep and --candidates choose its plan"
 
     def prepare(self, batch: Batch, plan: Optional[Any] = None) -> Prepared:
+        import torch
+
         from extend_attn.attention import extend_attention_fwd, prepare
 
-        def arguments(i: int) -> tuple:
-            one = batch.sets[i]
-            return (
-                one.q, one.k, one.v, one.o, one.k_pool, one.v_pool, batch.qo_indptr, batch.kv_indptr,
-                one.prefix_slots, None, True, None, batch.row.new_tokens, 1.0, 1.0,
-            )  # fmt: skip
-
         options = dict(sliding_window_size=batch.window, plan=plan)
-        calls = [arguments(i) for i in range(len(batch.sets))]
+        calls = [batch.arguments(i) for i in range(len(batch.sets))]
 
         def run(i: int):
             extend_attention_fwd(*calls[i], **options)
@@ -35,7 +34,22 @@ class Ours(Provider):
         run(0)  # a tile that does not fit after all is replaced in the first call; the plan is read after it
         _, problem, chosen = prepare(*calls[0], **options)
         on_gpu = batch.device.type == "cuda"  # a CPU runs the reference, with no plan
-        return Prepared(run=run, plan=plan_json(chosen) if on_gpu else None, problem=problem.to_json())
+
+        def other_lengths(n: int):
+            """As in an engine's next step: a longer array of slots, or, without a prefix, another bound."""
+            longer = [*calls[0]]
+            slots = longer[KV_INDICES]
+            longer[KV_INDICES] = torch.cat([slots, slots[:n]])
+            longer[MAX_LEN_EXTEND] += n * (batch.row.prefix == 0)
+            return partial(extend_attention_fwd, *longer, **options)
+
+        return Prepared(
+            run=run,
+            plan=plan_json(chosen) if on_gpu else None,
+            problem=problem.to_json(),
+            call=partial(extend_attention_fwd, *calls[0], **options),
+            other_lengths=other_lengths,
+        )
 
     def versions(self) -> Dict[str, str]:
         from extend_attn import __version__
@@ -61,11 +75,7 @@ def swept_plans(batch: Batch, which: str) -> Dict[str, List[Any]]:
     from extend_attn.plan import candidates as listed
     from extend_attn.plan import illegal, select
 
-    one = batch.sets[0]
-    problem = prepare(
-        one.q, one.k, one.v, one.o, one.k_pool, one.v_pool, batch.qo_indptr, batch.kv_indptr, one.prefix_slots,
-        None, True, None, batch.row.new_tokens, 1.0, 1.0, sliding_window_size=batch.window,
-    )[1]  # fmt: skip
+    problem = prepare(*batch.arguments(0), sliding_window_size=batch.window)[1]
     device = device_spec(batch.device)
     if which == "sweep":
         from extend_attn.plan.candidates import sweep12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any, Optional
 
 from ..problems import Row
@@ -55,6 +56,7 @@ class Sdpa(Provider):
                 raise Skip(f"this backend refuses the shape: {why.splitlines()[0]}") from None
         return Prepared(
             run=run,
+            call=partial(scaled_dot_product_attention, *calls[0], is_causal=True, enable_gqa=repeat == 1),
             rows=lambda out: out.transpose(1, 2).reshape(row.num_tokens, row.num_q_heads, row.head_dim),
             plan={"backend": self.backend, "beforehand": "KV heads repeated" if repeat > 1 else ""},
         )

@@ -8,6 +8,7 @@ tile that its host function looks up, and the ``num_stages`` of its launch, are 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Tuple
 
@@ -38,6 +39,8 @@ class Sglang(Provider):
         }[tile]
 
     def refuses(self, row: Row, device: Device) -> Optional[str]:
+        if row.kv_dtype:
+            return "it rounds queries and weights to fp8 beside an fp8 pool"
         return needs_gpu(device)
 
     def prepare(self, batch: Batch, plan: Optional[Any] = None) -> Prepared:
@@ -47,22 +50,22 @@ class Sglang(Provider):
         row = batch.row
         if self.tile == "installed":
             sizes, stages = None, None
-            looked_up = getattr(module, LOOKUP)(row.head_dim, row.head_dim)
+            looked_up = getattr(module, LOOKUP)(row.head_dim, row.head_dim_v)
             used: Dict[str, Any] = {"block_m": looked_up[3], "block_n": looked_up[4], "num_warps": looked_up[5]}
         else:
             sizes, stages = rule(row, torch.cuda.get_device_capability(batch.device), legacy=self.tile == "legacy")
             used = {"block_m": sizes[3], "block_n": sizes[4], "num_warps": sizes[5], "num_stages": stages}
 
-        def run(i: int) -> torch.Tensor:
-            one = batch.sets[i]
-            with tile_of(module, sizes, stages):
-                module.extend_attention_fwd(
-                    one.q, one.k, one.v, one.o, one.k_pool, one.v_pool, batch.qo_indptr, batch.kv_indptr,
-                    one.prefix_slots, None, True, None, row.new_tokens, 1.0, 1.0, sliding_window_size=batch.window,
-                )  # fmt: skip
-            return one.o
+        def call(i: int) -> None:
+            module.extend_attention_fwd(*batch.arguments(i), sliding_window_size=batch.window)
 
-        return Prepared(run=run, plan={"tile": used, "source": f"sglang {self.tile}"})
+        def run(i: int) -> torch.Tensor:
+            with tile_of(module, sizes, stages):
+                call(i)
+            return batch.sets[i].o
+
+        plan = {"tile": used, "source": f"sglang {self.tile}"}
+        return Prepared(run=run, plan=plan, call=partial(call, 0) if sizes is None else None)
 
     def versions(self) -> Dict[str, str]:
         try:
@@ -76,7 +79,7 @@ def rule(row: Row, capability: Tuple[int, int], *, legacy: bool) -> Tuple[tuple,
     from extend_attn.plan import sglang_rule
 
     *sizes, num_stages = sglang_rule(
-        row.head_dim, row.head_dim, capability=capability, batch_size=row.batch, max_len_extend=row.new_tokens,
+        row.head_dim, row.head_dim_v, capability=capability, batch_size=row.batch, max_len_extend=row.new_tokens,
         legacy=legacy,
     )  # fmt: skip
     return tuple(sizes), num_stages

@@ -1,0 +1,175 @@
+"""Measures each problem's sweep and writes the fastest plan into a table. Imports no torch: that is in the workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
+
+from ...plan.device import DeviceSpec
+from ...plan.tables import same_minor_version
+from ...plan.tile import Plan
+from ...problem import Problem
+from ..results import new_file
+from ..runner import Budget, WorkerProcess, compile_all
+from ..tuned import merge, winners
+from .sweep import swept
+
+WORKER = "extend_attn.bench.tuning.worker"
+
+
+@dataclasses.dataclass
+class Limits:
+    """timeout: seconds of one measurement, compilation included; budget: seconds after which no further problem is
+    begun; jobs: processes that compile beforehand; burst_us: measured time of one figure (None: as in the bench)."""
+
+    timeout: float = 60.0
+    budget: Optional[float] = None
+    jobs: int = 8
+    burst_us: Optional[float] = None
+
+
+class Trial(NamedTuple):
+    """A plan that was measured: ``us`` of one call, or None and why not. ``wrong``: its result was."""
+
+    plan: Plan
+    us: Optional[float]
+    reason: Optional[str]
+
+    @property
+    def wrong(self) -> bool:
+        return self.reason is not None and self.reason.startswith("wrong result")
+
+
+class Tuner:
+    """A worker, the facts of its machine, and measurements made with it."""
+
+    def __init__(self, device: str, limits: Limits) -> None:
+        self.device, self.limits = device, limits
+        self.worker = WorkerProcess(device, limit_s=limits.timeout, module=WORKER)
+        self.budget = Budget(limits.budget)
+        self.started = time.monotonic()
+
+    def __enter__(self) -> Tuner:
+        facts, spec = self.worker.ask({"op": "hello"}), self.worker.ask({"op": "spec"})
+        for answer in (facts, spec):
+            if "failed" in answer:
+                self.worker.stop()
+                raise RuntimeError(f"device: nothing can be measured on {self.device}: {answer['failed']}")
+        self.versions, self.name = facts["versions"], facts["device"]
+        # what is measured in the interpreter, for tests, speaks for no GPU
+        self.arch, self.sm_count = facts.get("arch", "interpreter"), facts.get("sm_count", 1)
+        self.spec = DeviceSpec(**spec["spec"])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.worker.stop()
+
+    def compile(self, problems: Iterable[Problem]) -> int:
+        """Compiles what the sweeps of ``problems`` launch, in processes side by side; returns how many plans."""
+        tasks: Dict[Any, Dict[str, Any]] = {}
+        for problem in problems:
+            for plan in swept(problem, self.spec)[0]:
+                task = {"problem": problem.to_json(), "plan": plan.to_json()}
+                tasks.setdefault((_variant(problem), plan), task)
+        if self.limits.jobs > 1 and tasks:
+            self.say(f"compiling for {len(tasks)} plans in {self.limits.jobs} processes")
+            compile_all(tasks.values(), self.device, self.limits.jobs, self.limits.timeout, module=WORKER)
+        return len(tasks)
+
+    def sweep(self, problem: Problem) -> List[Trial]:
+        """The problem's sweep, the library's choice first; each checked, then timed."""
+        trials = []
+        for plan in swept(problem, self.spec)[0]:
+            task: Dict[str, Any] = {"op": "measure", "problem": problem.to_json(), "plan": plan.to_json()}
+            if self.limits.burst_us is not None:
+                task["burst_us"] = self.limits.burst_us
+            answer = self.worker.ask(task)
+            trials.append(Trial(plan, answer.get("us"), answer.get("skipped") or answer.get("failed")))
+        return trials
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self.started:6.1f} s {text}", file=sys.stderr, flush=True)
+
+
+def _variant(problem: Problem) -> Problem:
+    """The problem without the sizes that no kernel is specialised for."""
+    return dataclasses.replace(
+        problem,
+        batch_size=min(problem.batch_size, 2),
+        num_tokens=1,
+        max_len_extend=1,
+        num_kv_indices=min(problem.num_kv_indices, 1),
+        max_len_prefix=None if problem.max_len_prefix else problem.max_len_prefix,
+        sliding_window=min(problem.sliding_window, 1),
+    )
+
+
+def best_of(trials: Sequence[Trial]) -> Optional[Trial]:
+    """The fastest right one."""
+    return min((t for t in trials if t.us is not None), key=lambda t: t.us or 0.0, default=None)
+
+
+def tune(
+    problems: Sequence[Problem], device: str, limits: Limits, *, table: str, command: str, again: bool = False
+) -> int:
+    """Measures the problems that ``table`` has no row of this device and Triton for (``again``: all), and writes a row
+    after each, so that a run that is cut short, or out of budget, is gone on with by the same command.
+
+    Returns 0; 1 if a result was wrong or a problem has no plan that runs. RuntimeError if there is no device,
+    ValueError for a table of another architecture.
+    """
+    failed = False
+    with Tuner(device, limits) as tuner:
+        done = [] if again else measured_in(table, tuner.name, tuner.spec.triton)
+        left = [problem for problem in problems if problem.to_json() not in done]
+        tuner.say(f"{len(left)} of {len(problems)} problems to measure on {tuner.name}; rows go to {table}")
+        tuner.compile(left)
+        header = new_file(device=tuner.name, versions=tuner.versions, command=command, ceilings={})
+        for i, problem in enumerate(left):
+            if tuner.budget.spent():
+                tuner.say(f"the budget of {limits.budget:g} s is spent; the same command goes on: {len(left) - i} left")
+                break
+            trials = tuner.sweep(problem)
+            best, choice = best_of(trials), trials[0]
+            for trial in trials:
+                if trial.reason is not None:
+                    tuner.say(f"  {trial.plan}: {trial.reason}")
+            failed = failed or best is None or any(trial.wrong for trial in trials)
+            if best is None:
+                tuner.say(f"[{i + 1}/{len(left)}] {describe(problem)}: no plan of {len(trials)} runs")
+                continue
+            row = {"problem": problem.to_json(), "plan": best.plan.to_json(), "us_graph": best.us}
+            merge(table, tuner.arch, winners([row], header, tuner.sm_count))
+            tuner.say(f"[{i + 1}/{len(left)}] {describe(problem)}: {_comparison(choice, best)}, of {len(trials)} plans")
+    return int(failed)
+
+
+def _comparison(choice: Trial, best: Trial) -> str:
+    before = "does not run" if choice.us is None else f"{choice.us:.1f} us"
+    return f"{best.us:.1f} us with {best.plan} (the choice so far, {choice.plan} [{choice.plan.source}], {before})"
+
+
+def measured_in(table: str, device: str, triton: str) -> List[Dict[str, Any]]:
+    """The problems that a table has a row of this device and Triton for."""
+    if not os.path.exists(table):
+        return []
+    with open(table, encoding="utf-8") as file:
+        rows = json.load(file).get("rows", [])
+    alike = (row for row in rows if row["device"] == device and same_minor_version(row["triton"], triton))
+    return [row["problem"] for row in alike]
+
+
+def describe(problem: Problem) -> str:
+    """The problem in a few words: ``32 x 4 new, 32000 slots, window 1023, 8/4 heads of 256, bfloat16``."""
+    p = problem
+    dim = f"{p.head_dim_qk}" if p.head_dim_v == p.head_dim_qk else f"{p.head_dim_qk}/{p.head_dim_v}"
+    parts = [f"{p.batch_size} x {p.max_len_extend} new", f"{p.num_kv_indices} slots"]
+    parts += [f"window {p.sliding_window}"] if p.sliding_window > 0 else []
+    parts += [f"{p.num_q_heads}/{p.num_kv_heads} heads of {dim}"]
+    parts += [p.dtype if p.kv_dtype == p.dtype else f"{p.dtype} over {p.kv_dtype}"]
+    flags = ("custom_mask", "sinks", "return_lse", "unified", "q_positions", "v_aliases_k_pool")
+    return ", ".join([*parts, *[name for name in flags if getattr(p, name)]])

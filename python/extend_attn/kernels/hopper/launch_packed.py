@@ -1,0 +1,106 @@
+"""The launches of the packed Hopper family: its kernel, and the combine kernel after splits."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+
+from ...inputs import Inputs
+from ...plan.legality_hopper import is_fp8, packed_blocks, packed_registers, v_is_k
+from ...plan.tile import Plan
+from ...problem import Problem
+from ..compat import launch_options
+from ..launch_plain import combine_after
+from ..recipe import NUM_TENSORS, Recipe, features, kernel, scalars, strides
+from .packed import packed_kernel
+
+PRODUCER_WARPS = 4
+FP8_CODES = {"float8_e4m3fn": 1, "float8_e5m2": 2}  # as fp8_rows.py names them
+
+
+def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
+    """What ``plan`` launches for calls like this one."""
+    tile, group = plan.tile, problem.group
+    row_blocks = -(-problem.max_len_extend * group // tile.block_m)
+    tiles = problem.batch_size * row_blocks * problem.num_kv_heads
+    splits = plan.split_kv
+    registers, producer_registers = packed_registers(problem, plan)
+    constants = dict(
+        _constants(inputs, problem),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        STAGES=tile.num_stages,
+        SPLIT=splits > 1,
+        EVEN=plan.programs > 0,
+        PDL=plan.pdl,
+        PRODUCER_WARPS=PRODUCER_WARPS,
+        PRODUCER_REGISTERS=producer_registers,
+    )
+    packed = kernel(
+        packed_kernel,
+        plan.programs or tiles * splits,
+        _numbers(inputs, splits, row_blocks),
+        constants,
+        num_warps=tile.num_warps,
+        maxnreg=registers,
+        **launch_options(plan.pdl),
+    )
+    if splits == 1 and plan.programs == 0:
+        return Recipe((packed,), _tensors)
+    block_dv = constants["BLOCK_D"]
+    combine, workspaces = combine_after(plan, inputs, problem, block_dv, tiles, row_blocks, plan.pdl)
+    return Recipe((packed, combine), _tensors_of_parts, workspaces)
+
+
+def _tensors(inputs: Inputs) -> Tuple[List[object], ...]:
+    return (_packed_tensors(inputs, (None, None, None)),)
+
+
+def _tensors_of_parts(inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
+    return _packed_tensors(inputs, parts), [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, *parts]
+
+
+def _packed_tensors(inputs: Inputs, parts: Sequence[Optional[torch.Tensor]]) -> List[object]:
+    """With ``_numbers``, the one place that knows the order of packed_kernel's arguments."""
+    (q, k_new, v_new, o, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr, sinks,
+     window_offsets, q_positions, lse) = inputs[:NUM_TENSORS]  # fmt: skip
+    if mask is not None:
+        mask = mask.view(torch.uint8)
+    return [
+        q, k_new, v_new, o, codes_of(k_pool), codes_of(v_pool),
+        qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr,
+        sinks, window_offsets, q_positions, lse, *parts,
+    ]  # fmt: skip
+
+
+def codes_of(pool: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    """An fp8 pool as bytes."""
+    return pool.view(torch.uint8) if pool is not None and pool.dtype.itemsize == 1 else pool
+
+
+def _numbers(i: Inputs, splits: int, row_blocks: int) -> tuple:
+    return (
+        *strides(i.q), *strides(i.k_new), *strides(i.v_new), *strides(i.o), *strides(i.k_pool), *strides(i.v_pool),
+        i.batch_size, *scalars(i), splits, row_blocks,
+    )  # fmt: skip
+
+
+def _constants(inputs: Inputs, problem: Problem) -> Dict[str, Any]:
+    block_d, block_pe = packed_blocks(problem)
+    fp8 = is_fp8(problem)
+    scaled = problem.has_pool and (inputs.k_scale != 1.0 or inputs.v_scale != 1.0)
+    return dict(
+        NUM_HEADS=problem.num_q_heads,
+        GROUP=problem.group,
+        HEAD_DIM=problem.head_dim_qk,
+        HEAD_DIM_V=problem.head_dim_v,
+        BLOCK_D=block_d,
+        BLOCK_PE=block_pe,
+        **features(inputs, problem),
+        V_IS_K=v_is_k(problem),
+        NEGATE_Q=inputs.sm_scale < 0,
+        APART=(fp8 or scaled) and not problem.unified,
+        FP8=FP8_CODES[problem.kv_dtype] if fp8 else 0,
+        V_HALF=fp8 and problem.dtype == "bfloat16" and not v_is_k(problem),
+    )

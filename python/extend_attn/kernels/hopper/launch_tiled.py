@@ -1,0 +1,142 @@
+"""The launch of the tiled Hopper family."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ...inputs import Inputs
+from ...plan.legality_hopper_tiled import ROWS, tiled_blocks
+from ...plan.tile import Plan
+from ...problem import Problem
+from ..launch_plain import combine_after
+from ..recipe import Recipe, features, kernel, scalars, strides
+from .launch_packed import FP8_CODES, codes_of
+from .tiled import tiled_kernel
+
+# Registers a thread of (consumers, producer): what setmaxnreg divides the 168 of a launch with 12 warps into. A gather
+# needs 40 (with 56 it was 5 to 8 % slower, because the consumers have 224 then), TMA 24.
+# A conversion of fp8 codes holds a tile of them.
+GATHER_REGISTERS, TMA_REGISTERS, FP8_REGISTERS = (232, 40), (240, 24), (216, 80)
+MAX_REGISTERS = 168
+RAGGED_ROWS = 1 << 30  # see tiled_producer.py
+RAGGED_END = 0x7FFF0000  # more than any row
+
+
+def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
+    """What ``plan`` launches for calls like this one."""
+    heads = 2 if plan.pack_gqa else 1
+    columns, chunks, block_dv, slices = tiled_blocks(problem)
+    row_blocks = -(-problem.max_len_extend // (ROWS if heads == 2 else 2 * ROWS))
+    items = row_blocks * problem.batch_size * problem.num_q_heads // heads * slices * plan.split_kv
+    on = features(inputs, problem)
+    gather = on["HAS_POOL"]
+    fp8 = FP8_CODES.get(problem.kv_dtype, 0) if gather else 0
+    registers = FP8_REGISTERS if fp8 else GATHER_REGISTERS if gather else TMA_REGISTERS
+    constants: Dict[str, Any] = dict(
+        NUM_HEADS=problem.num_q_heads,
+        GROUP=problem.group,
+        HEADS=heads,
+        HEAD_DIM=problem.head_dim_qk,
+        HEAD_DIM_V=problem.head_dim_v,
+        BLOCK_N=plan.tile.block_n,
+        K_COLUMNS=columns,
+        K_CHUNKS=chunks,
+        BLOCK_DV=block_dv,
+        V_SLICES=slices,
+        K_STAGES=plan.tile.num_stages * chunks,
+        V_STAGES=plan.tile.num_stages,
+        SPLIT=plan.split_kv > 1,
+        HAS_POOL=gather,
+        UNIFIED=problem.unified,
+        FP8=fp8,
+        **{name: on[name] for name in _FEATURES},
+        NEGATE=inputs.sm_scale < 0,
+        CONSUMER_REGISTERS=registers[0],
+        PRODUCER_REGISTERS=registers[1],
+        PRODUCER_WARPS=4 if gather else 1,
+    )
+    numbers = (
+        *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.o),
+        problem.batch_size, row_blocks, plan.split_kv, *scalars(inputs),
+    )  # fmt: skip
+    tiled = kernel(
+        tiled_kernel,
+        min(items, _multiprocessors(inputs.q.device)),
+        numbers,
+        constants,
+        num_warps=4,
+        maxnreg=MAX_REGISTERS,
+    )
+    boxes = (ROWS, columns), (plan.tile.block_n, columns), (plan.tile.block_n, block_dv)
+    if plan.split_kv == 1:
+        return Recipe((tiled,), functools.partial(_tensors, boxes))
+    row_blocks *= 1 if heads == 2 else 2
+    tiles = row_blocks * problem.batch_size * problem.num_q_heads
+    width = block_dv * slices
+    combine, workspaces = combine_after(plan, inputs, problem, width, tiles, row_blocks, plan.pdl, shape=(ROWS, 1))
+    return Recipe((tiled, combine), functools.partial(_tensors_of_splits, boxes), workspaces)
+
+
+_FEATURES = (
+    "CAUSAL", "WINDOW", "SINKS", "CAP", "TEMPERATURE", "Q_POSITIONS", "LSE", "V_SCALED",
+)  # fmt: skip
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132  # compiled for one that is not here
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+Boxes = Tuple[Tuple[int, int], ...]  # rows and columns of the TMA boxes of Q, K and V
+
+
+def _tensors(boxes: Boxes, inputs: Inputs) -> Tuple[List[object], ...]:
+    return (_tiled_tensors(boxes, inputs, None, None),)
+
+
+def _tensors_of_splits(boxes: Boxes, inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
+    partial, partial_ml, _ = parts
+    combine = [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, *parts]
+    return _tiled_tensors(boxes, inputs, partial, partial_ml), combine
+
+
+def _tiled_tensors(
+    boxes: Boxes, i: Inputs, partial: Optional[torch.Tensor], partial_ml: Optional[torch.Tensor]
+) -> List[object]:
+    """With ``numbers`` above, the one place that knows the order of tiled_kernel's arguments."""
+    rows = [i.q if t is None else t for t in (i.q, i.k_new, i.v_new)]  # a unified call has no new ones: never used
+    return [
+        *(ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
+        codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse, i.qo_indptr, i.kv_indptr, i.kv_indices, i.prefix_lens,
+        i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
+    ]  # fmt: skip
+
+
+def ragged_descriptor(t: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A TMA descriptor of ``t`` [rows, heads, dim] for boxes of one head, whose rows can end where a sequence does.
+
+    At coordinates (RAGGED_ROWS, end, RAGGED_ROWS - length + row, head, column) the first two strides have moved the
+    base by ``RAGGED_ROWS * 2**34`` elements of two bytes, which is nothing modulo 2^64, and to the row; past ``length``
+    the third coordinate is out of bounds, and the hardware gives zeros.
+    """
+    row_stride = t.stride(0) if t.shape[0] > 1 else 8
+    head_stride = t.stride(1) if t.shape[1] > 1 else 8
+    return TensorDescriptor(
+        t,
+        [RAGGED_END, RAGGED_END, RAGGED_ROWS, t.shape[1], t.shape[2]],
+        [2**34 - row_stride, row_stride, row_stride, head_stride, 1],
+        [1, 1, rows, 1, columns],
+        _layout(columns * t.element_size()),
+    )
+
+
+@functools.cache
+def _layout(row_bytes: int) -> NVMMASharedLayout:
+    return NVMMASharedLayout(swizzle_byte_width=min(row_bytes, 128), element_bitwidth=16, rank=5)

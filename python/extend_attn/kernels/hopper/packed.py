@@ -1,0 +1,358 @@
+"""The packed kernel for Hopper: decode and verification at the memory's speed, at page size 1.
+
+One program holds the packed rows of a sequence and KV head (new tokens x heads of the group, 8 to 64) against its key
+list, or a share of it. Operands are swapped: S^T = K Q^T and O^T = V^T P^T, so that warpgroup products, 64 high, run
+over keys and value columns, and the few rows are their narrow side. K and V go from the ring straight to the tensor
+cores; only Q and P take shared memory beside it.
+
+    producer warps    rows gathered by asynchronous copies (gather.py), or converted from fp8 (fp8_rows.py)
+      -> ring         K and V tiles in turn
+    consumer warps    S^T, mask, softmax, P to shared memory, O^T; at the end the result, or a split's part of it
+
+Splits are merged by the combine kernel of the plain families.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .epilogue import store_part, store_result
+from .fp8_rows import produce_fp8
+from .gather import produce
+from .gluon_compat import reinterpret
+from .packed_work import Call, Shape, key_index, key_positions, tile_keys
+from .ring import Ring, barriers
+from .shares import Share, even_share, next_work
+from .softmax import logits, step
+
+UNSPECIALIZED = [
+    "batch_size",
+    "window",
+    "sm_scale",
+    "pool_scale",
+    "v_scale",
+    "logit_cap",
+    "temperature_len",
+    "log2_temperature_len",
+    "num_splits",
+    "row_blocks",
+]
+UNALIGNED = [
+    "qo_indptr",
+    "kv_indptr",
+    "kv_indices",
+    "prefix_lens",
+    "custom_mask",
+    "mask_indptr",
+    "sinks",
+    "window_offsets",
+    "q_positions",
+    "lse",
+]
+
+
+@gluon.jit
+def _seen(call, work, shape, i, token, row_ok, row_position):
+    """[BLOCK_N, BLOCK_M]: which row sees which key of tile ``i``."""
+    KEYS: gl.constexpr = gl.SliceLayout(1, shape.MMA)
+    start, end = tile_keys(work, shape, i)
+    place = start + gl.arange(0, shape.BLOCK_N, layout=KEYS)
+    exists = place < end
+    index = key_index(work, shape, place)
+    seen = exists[:, None] & row_ok[None, :]
+    CAUSAL: gl.constexpr = shape.CAUSAL and not shape.MASK
+    if CAUSAL:
+        seen = seen & (index[:, None] <= (work.prefix_len + token)[None, :])
+    if shape.WINDOW:
+        position = key_positions(call, work, shape, index, exists)
+        seen = seen & (row_position[None, :] <= (position + call.window)[:, None])
+    if shape.MASK:
+        masked = seen
+        if not shape.MASK_PREFIX:
+            masked = seen & (index >= work.prefix_len)[:, None]
+        rows = work.mask_row + token.to(gl.int64) * work.mask_stride
+        bytes_ = call.custom_mask + rows[None, :] + index.to(gl.int64)[:, None]
+        seen = seen & (gl.load(bytes_, mask=masked, other=1) != 0)
+    return seen
+
+
+@gluon.jit
+def _load_query(call, work, shape, q_tile, COLUMN: gl.constexpr):
+    """The packed query rows, columns from COLUMN on, into shared memory; what is not there is 0."""
+    LANES: gl.constexpr = min(q_tile.shape[1] // 8, 32)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [shape.WARPS, 1], [1, 0])
+    r = work.row_first + gl.arange(0, shape.BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))
+    columns = COLUMN + gl.arange(0, q_tile.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    head = work.kv_head * shape.GROUP + r % shape.GROUP
+    rows = (work.q_start + r // shape.GROUP) * call.stride_qt + head.to(gl.int64) * call.stride_qh
+    pointers = gl.max_contiguous(gl.multiple_of(call.q + rows[:, None] + columns[None, :], [1, 16]), [1, 8])
+    ok = (r < work.extend_len * shape.GROUP)[:, None] & (columns < shape.HEAD_DIM)[None, :]
+    q = gl.load(pointers, mask=ok, other=0.0)
+    if shape.NEGATE_Q:  # a negative sm_scale: its sign goes here
+        q = -q
+    q_tile.store(q)
+
+
+@gluon.jit
+def _fold_values(acc, p, alpha, slot, p_tile, kind: gl.constexpr):
+    """O^T * alpha + V^T P^T, with P in type ``kind``, which is V's."""
+    weights = reinterpret(p_tile, kind, p_tile.shape, p_tile.layout)
+    weights.store(gl.permute(p.to(kind), (1, 0)))
+    fence_async_shared()
+    values = reinterpret(slot, kind, slot.shape, slot.layout)
+    product = warpgroup_mma(values.permute((1, 0)), weights.permute((1, 0)), acc * alpha[None, :], is_async=True)
+    return warpgroup_mma_wait(0, [product])
+
+
+@gluon.jit
+def _consume(call, shape, share, ring, pe, q_tile, q_pe, p_tile, pairs, num_splits):
+    """The consumer's partition."""
+    MMA: gl.constexpr = shape.MMA
+    ROWS: gl.constexpr = gl.SliceLayout(0, MMA)
+    STEP: gl.constexpr = 1 if shape.V_IS_K else 2
+    kind: gl.constexpr = call.q.dtype.element_ty
+    n = 0
+    cursor, sequence, base = share.cursor, share.sequence, share.base
+    while cursor < share.end:
+        work, start, cursor, sequence, base = next_work(call, shape, share, cursor, sequence, base, pairs, num_splits)
+        _load_query(call, work, shape, q_tile, 0)
+        if shape.BLOCK_PE > 0:
+            _load_query(call, work, shape, q_pe, shape.BLOCK_D)
+        fence_async_shared()
+
+        r = work.row_first + gl.arange(0, shape.BLOCK_M, layout=ROWS)
+        token = r // shape.GROUP
+        row_ok = token < work.extend_len
+        row_position = work.offset + work.prefix_len + token
+        if shape.Q_POSITIONS:
+            row_position = gl.load(call.q_positions + work.q_start + token, mask=row_ok, other=0)
+
+        acc = gl.zeros([shape.BLOCK_D, shape.BLOCK_M], gl.float32, MMA)
+        sums = gl.zeros([shape.BLOCK_N, shape.BLOCK_M], gl.float32, MMA)  # of each thread's own weights
+        m_i = gl.full([shape.BLOCK_M], float("-inf"), gl.float32, ROWS)
+        for i in range(work.first, work.last):
+            scale = call.pool_scale
+            if shape.APART:
+                scale = gl.where(i < work.pool_tiles, scale, call.sm_scale)
+            elif not shape.UNIFIED:
+                scale = call.sm_scale  # the pool's is the same
+
+            ring.wait_full(n)
+            fence_async_shared()  # rows came through the generic proxy
+            zeros = gl.zeros([shape.BLOCK_N, shape.BLOCK_M], gl.float32, MMA)
+            s = warpgroup_mma(ring.slot(n), q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            if shape.BLOCK_PE > 0:
+                k_pe = pe.index(n // STEP % pe.shape[0])
+                s = warpgroup_mma(k_pe, q_pe.permute((1, 0)), s, is_async=True)
+            s = warpgroup_mma_wait(0, [s])
+            if not shape.V_IS_K:
+                ring.release(n)
+                n += 1
+
+            s = logits(s, scale, call, row_position, shape)
+            s = gl.where(_seen(call, work, shape, i, token, row_ok, row_position), s, float("-inf"))
+            p, alpha, m_i = step(s, m_i)
+            sums = sums * alpha[None, :] + p
+            if shape.V_SCALED and not shape.UNIFIED:  # what the pool's tiles gave, when they have ended
+                alpha = alpha * gl.where(i == work.pool_tiles, call.v_scale, 1.0)
+            if not shape.V_IS_K:
+                ring.wait_full(n)
+                fence_async_shared()
+            if shape.V_HALF:
+                if shape.UNIFIED or i < work.pool_tiles:
+                    acc = _fold_values(acc, p, alpha, ring.slot(n), p_tile, gl.float16)
+                else:
+                    acc = _fold_values(acc, p, alpha, ring.slot(n), p_tile, kind)
+            else:
+                acc = _fold_values(acc, p, alpha, ring.slot(n), p_tile, kind)
+            ring.release(n)
+            n += 1
+        if shape.V_SCALED:
+            acc = acc * gl.where(work.last <= work.pool_tiles, call.v_scale, 1.0)
+        l_i = gl.sum(sums, 0)
+        if shape.SPLIT:
+            store_part(call, work, shape, acc, m_i, l_i, gl.program_id(0))
+        elif shape.EVEN:
+            if work.first == 0:
+                programs = (start + gl.maximum(work.tiles, 1) - 1) // share.size - gl.program_id(0) + 1
+                at = call.shares + 2 * (work.sequence * pairs + work.pair)
+                gl.store(at, gl.program_id(0))
+                gl.store(at + 1, programs)
+            if (work.first == 0) & (work.last == work.tiles):
+                store_result(call, work, shape, acc, m_i, l_i)
+            elif work.first < work.last:
+                slot = 2 * gl.program_id(0) + gl.where(work.first == 0, 1, 0)
+                store_part(call, work, shape, acc, m_i, l_i, slot)
+        else:
+            store_result(call, work, shape, acc, m_i, l_i)
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+def packed_kernel(
+    q,
+    k_new,
+    v_new,
+    o,
+    k_pool,
+    v_pool,
+    qo_indptr,
+    kv_indptr,
+    kv_indices,
+    prefix_lens,
+    custom_mask,
+    mask_indptr,
+    sinks,
+    window_offsets,
+    q_positions,
+    lse,
+    partial,
+    partial_ml,
+    shares,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_ot,
+    stride_oh,
+    stride_ks,
+    stride_kg,
+    stride_vs,
+    stride_vg,
+    batch_size,
+    window,
+    sm_scale,
+    pool_scale,
+    v_scale,
+    logit_cap,
+    temperature_len,
+    log2_temperature_len,
+    num_splits,
+    row_blocks,
+    NUM_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    BLOCK_PE: gl.constexpr,
+    HAS_POOL: gl.constexpr,
+    UNIFIED: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr,
+    MASK: gl.constexpr,
+    MASK_PREFIX: gl.constexpr,
+    SINKS: gl.constexpr,
+    CAP: gl.constexpr,
+    TEMPERATURE: gl.constexpr,
+    Q_POSITIONS: gl.constexpr,
+    LSE: gl.constexpr,
+    V_SCALED: gl.constexpr,
+    V_IS_K: gl.constexpr,
+    NEGATE_Q: gl.constexpr,
+    APART: gl.constexpr,
+    FP8: gl.constexpr,
+    V_HALF: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    SPLIT: gl.constexpr,
+    EVEN: gl.constexpr,
+    PDL: gl.constexpr,
+    PRODUCER_WARPS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+):
+    WARPS: gl.constexpr = gl.num_warps()
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, BLOCK_M // (WARPS // 4), 16])
+    kind: gl.constexpr = q.dtype.element_ty
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    q_tile = gl.allocate_shared_memory(kind, [BLOCK_M, BLOCK_D], SWIZZLED)
+    p_tile = gl.allocate_shared_memory(kind, [BLOCK_M, BLOCK_N], SWIZZLED)
+    slots = gl.allocate_shared_memory(kind, [STAGES, BLOCK_N, BLOCK_D], SWIZZLED)
+    q_pe = q_tile
+    pe = slots
+    if BLOCK_PE > 0:
+        PE_STAGES: gl.constexpr = STAGES if V_IS_K else (STAGES + 1) // 2
+        q_pe = gl.allocate_shared_memory(kind, [BLOCK_M, BLOCK_PE], SWIZZLED)
+        pe = gl.allocate_shared_memory(kind, [PE_STAGES, BLOCK_N, BLOCK_PE], SWIZZLED)
+    # every thread of a gathering producer arrives when its copies have; a converting one arrives as a whole
+    full = barriers(STAGES, 1 if FP8 else PRODUCER_WARPS * 32)
+    empty = barriers(STAGES, 1)
+    ring = Ring(slots, full, empty, STAGES)
+    fence_async_shared()
+
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    shape = Shape(
+        NUM_HEADS, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_PE, BLOCK_M, BLOCK_N, WARPS, HAS_POOL, UNIFIED, CAUSAL,
+        WINDOW, MASK, MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, window_offsets is not None, LSE, V_SCALED,
+        V_IS_K, NEGATE_Q, APART, FP8, V_HALF, SPLIT, EVEN, MMA,
+    )  # fmt: skip
+    none = qo_indptr  # stands in for a pointer that is off
+    call = Call(
+        q,
+        none if k_new is None else k_new,
+        none if v_new is None else v_new,
+        o,
+        none if k_pool is None else k_pool,
+        none if v_pool is None else v_pool,
+        qo_indptr,
+        kv_indptr,
+        kv_indices,
+        none if prefix_lens is None else prefix_lens,
+        none if custom_mask is None else custom_mask,
+        none if mask_indptr is None else mask_indptr,
+        none if sinks is None else sinks,
+        none if window_offsets is None else window_offsets,
+        none if q_positions is None else q_positions,
+        none if lse is None else lse,
+        none if partial is None else partial,
+        none if partial_ml is None else partial_ml,
+        none if shares is None else shares,
+        gl.to_tensor(stride_qt), gl.to_tensor(stride_qh), gl.to_tensor(stride_kt), gl.to_tensor(stride_kh),
+        gl.to_tensor(stride_vt), gl.to_tensor(stride_vh), gl.to_tensor(stride_ot), gl.to_tensor(stride_oh),
+        gl.to_tensor(stride_ks), gl.to_tensor(stride_kg), gl.to_tensor(stride_vs), gl.to_tensor(stride_vg),
+        window, sm_scale, pool_scale, v_scale, logit_cap, temperature_len, log2_temperature_len,
+    )  # fmt: skip
+    pairs = row_blocks * (NUM_HEADS // GROUP)
+    num_splits = gl.to_tensor(num_splits)
+    if EVEN:
+        share = even_share(call, shape, batch_size, pairs)
+    else:
+        zero = gl.to_tensor(0)
+        share = Share(zero, gl.to_tensor(1), zero, zero, zero, zero)
+    if FP8:
+        if V_IS_K:
+            gl.warp_specialize(
+                [
+                    (_consume, (call, shape, share, ring, pe, q_tile, q_pe, p_tile, pairs, num_splits)),
+                    (produce_fp8, (call, shape, share, ring, pe, pairs, num_splits, False, PRODUCER_WARPS)),
+                ],
+                [PRODUCER_WARPS],
+                [PRODUCER_REGISTERS],
+            )
+        else:
+            gl.warp_specialize(
+                [
+                    (_consume, (call, shape, share, ring, pe, q_tile, q_pe, p_tile, pairs, num_splits)),
+                    (produce_fp8, (call, shape, share, ring, pe, pairs, num_splits, False, PRODUCER_WARPS)),
+                    (produce_fp8, (call, shape, share, ring, pe, pairs, num_splits, True, PRODUCER_WARPS)),
+                ],
+                [PRODUCER_WARPS, PRODUCER_WARPS],
+                [PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+            )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (call, shape, share, ring, pe, q_tile, q_pe, p_tile, pairs, num_splits)),
+                (produce, (call, shape, share, ring, pe, pairs, num_splits, PRODUCER_WARPS)),
+            ],
+            [PRODUCER_WARPS],
+            [PRODUCER_REGISTERS],
+        )

@@ -1,0 +1,290 @@
+"""The tiled family for Hopper (prefill, chunks): warp-specialised attention over blocks of new tokens.
+
+A program is two consumer warpgroups of 64 query rows each and a producer. Programs are persistent; tiled_schedule.py
+says who takes which work item. A consumer walks the key tiles of its rows from the diagonal downwards, then the prefix
+downwards, and overlaps the scores of one tile with the products of the tile before: it issues S = Q K(j), then
+O += P(j-1) V(j-1), and does the softmax of j while the latter runs. Only tiles at an edge (the diagonal, a sequence's
+or the prefix's end, the window's start) are masked, without a window in loops of their own.
+"""
+
+# Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .gluon_compat import struct
+from .ring import Ring, barriers
+from .tiled_epilogue import store, store_part
+from .tiled_producer import Sources, produce
+from .tiled_schedule import FIELDS, MESSAGES, receive
+from .tiled_softmax import BOTH, NEW, POOL, before_end, logits, scales, seen, temperature_of, weigh
+from .tiled_work import ROWS, Call, Memory, Shape, place_of, tiles_of
+
+# Which tiles of a loop are masked.
+NONE, END, SOME = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+
+
+@struct
+class State:
+    """A consumer's running softmax: accumulator, maxima and sums, and the weights whose values are still to come."""
+
+    o: gl.tensor
+    m: gl.tensor
+    l: gl.tensor
+    p: gl.tensor
+
+
+@gluon.jit
+def start_scores(WHO: gl.constexpr, memory, n, c):
+    """Issues S = Q K^T of the key tile in ring position ``n``. Where the ring holds no second tile, each slot is
+    released as soon as it is read, except the last."""
+    ONE_TILE: gl.constexpr = memory.k_ring.stages == c.K_CHUNKS
+    acc = gl.zeros([ROWS, c.BLOCK_N], gl.float32, c.S)
+    for chunk in gl.static_range(c.K_CHUNKS):
+        at = n * c.K_CHUNKS + chunk
+        memory.k_ring.wait_full(at)
+        if c.HAS_POOL:
+            fence_async_shared()
+        q = memory.q_slots.index(WHO * c.K_CHUNKS + chunk)
+        acc = warpgroup_mma(q, memory.k_ring.slot(at).permute((1, 0)), acc, use_acc=chunk > 0, is_async=True)
+        if ONE_TILE and chunk > 0:
+            acc = warpgroup_mma_wait(1, [acc])
+            memory.k_ring.release(at - 1)
+    return acc
+
+
+@gluon.jit
+def release_keys(memory, n, c):
+    """The slots that ``start_scores`` has left."""
+    ONE_TILE: gl.constexpr = memory.k_ring.stages == c.K_CHUNKS
+    for chunk in gl.static_range(c.K_CHUNKS - 1 if ONE_TILE else 0, c.K_CHUNKS):
+        memory.k_ring.release(n * c.K_CHUNKS + chunk)
+
+
+@gluon.jit
+def skip_keys(memory, n, c):
+    for chunk in gl.static_range(c.K_CHUNKS):
+        memory.k_ring.wait_full(n * c.K_CHUNKS + chunk)
+        memory.k_ring.release(n * c.K_CHUNKS + chunk)
+
+
+@gluon.jit
+def start_products(memory, state, n, c):
+    """Issues O += P V of the value tile in ring position ``n``."""
+    memory.v_ring.wait_full(n)
+    if c.HAS_POOL:
+        fence_async_shared()
+    return warpgroup_mma(state.p, memory.v_ring.slot(n), state.o, is_async=True)
+
+
+@gluon.jit
+def begin(WHO: gl.constexpr, memory, call, item, tiles, place, temperature, n, c):
+    """The state after the first key tile, which is masked."""
+    KEYS: gl.constexpr = NEW if not c.SPLIT else BOTH if c.HAS_POOL else NEW
+    t = place.begin
+    s = warpgroup_mma_wait(0, [start_scores(WHO, memory, n + t, c)])
+    release_keys(memory, n + t, c)
+    scale, v_scale = scales(t, tiles, call, KEYS, c)
+    s = logits(s, scale, temperature, call, True, c)
+    s = gl.where(seen(t, tiles, place, item, call, KEYS, c), s, float("-inf"))
+    m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
+    l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
+    w, alpha, m, l = weigh(s, m, l, scale, True, c)
+    if c.V_SCALED and (c.UNIFIED or KEYS == BOTH):
+        w = w * v_scale
+    p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
+    return State(gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O), m, l, p)
+
+
+@gluon.jit
+def walk(
+    WHO: gl.constexpr, memory, call, item, tiles, place, temperature, state, n, first, stop,
+    KEYS: gl.constexpr, EDGES: gl.constexpr, c,
+):  # fmt: skip
+    """Folds key tiles ``first``..``stop`` into the state. Tile t lies in ring position ``n`` + t.
+
+    KEYS: NEW, POOL or BOTH. EDGES: NONE of the tiles is masked, the prefix's END is, or SOME are as ``place`` says.
+    """
+    for t in range(first, stop):
+        s_acc = start_scores(WHO, memory, n + t, c)
+        o_acc = start_products(memory, state, n + t - 1, c)
+        scale, v_scale = scales(t, tiles, call, KEYS, c)
+        s = warpgroup_mma_wait(1, [s_acc])
+        release_keys(memory, n + t, c)
+        s = logits(s, scale, temperature, call, EDGES != NONE, c)
+        if EDGES == END:
+            s = gl.where(before_end(item, c), s, float("-inf"))
+        elif EDGES == SOME:
+            whole = (t < place.stop_new) | ((t >= place.start_pool) & (t < place.stop_pool))
+            if not whole:
+                s = gl.where(seen(t, tiles, place, item, call, KEYS, c), s, float("-inf"))
+        w, alpha, m, l = weigh(s, state.m, state.l, scale, EDGES != NONE, c)
+        if c.V_SCALED and (c.UNIFIED or KEYS != NEW):
+            w = w * v_scale
+        p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
+        o, used = warpgroup_mma_wait(0, [o_acc, state.p])
+        memory.v_ring.release(n + t - 1)
+        state = State(o * gl.convert_layout(alpha, gl.SliceLayout(1, c.O))[:, None], m, l, p)
+    return state
+
+
+@gluon.jit
+def attend(WHO: gl.constexpr, memory, call, item, tiles, row0, n, c):
+    """(accumulator, maxima, sums) of a consumer's rows over the item's key tiles."""
+    CAN_SKIP: gl.constexpr = WHO == 0 and c.CAUSAL and c.TOKENS > c.BLOCK_N
+    place = place_of(item, tiles, row0, call, c)
+    temperature = temperature_of(call, item, row0, c)
+    if CAN_SKIP:  # the other consumer's diagonal tile
+        if tiles.begin < place.begin:
+            skip_keys(memory, n + tiles.begin, c)
+    state = begin(WHO, memory, call, item, tiles, place, temperature, n, c)
+    if CAN_SKIP:
+        if tiles.begin < place.begin:
+            memory.v_ring.wait_full(n + tiles.begin)
+            memory.v_ring.release(n + tiles.begin)
+    first = place.begin + 1
+    if c.WINDOW:
+        state = walk(
+            WHO, memory, call, item, tiles, place, temperature, state, n, first, tiles.end,
+            BOTH if c.HAS_POOL else NEW, SOME, c,
+        )  # fmt: skip
+    elif not c.HAS_POOL:
+        state = walk(
+            WHO, memory, call, item, tiles, place, temperature, state, n, first, tiles.end, NEW, NONE, c
+        )  # fmt: skip
+    else:
+        stop_new = gl.minimum(tiles.new_tiles, tiles.end)
+        stop_cut = gl.minimum(place.start_pool, tiles.end)
+        state = walk(WHO, memory, call, item, tiles, place, temperature, state, n, first, stop_new, NEW, NONE, c)
+        first_cut = gl.maximum(tiles.new_tiles, first)
+        state = walk(WHO, memory, call, item, tiles, place, temperature, state, n, first_cut, stop_cut, POOL, END, c)
+        first_pool = gl.maximum(place.start_pool, first)
+        state = walk(
+            WHO, memory, call, item, tiles, place, temperature, state, n, first_pool, tiles.end, POOL, NONE, c
+        )  # fmt: skip
+    if c.V_SLICES == 1:  # else the epilogue needs the query's place
+        mbarrier.arrive(memory.q_empty.index(WHO), count=1)
+    o_acc = start_products(memory, state, n + tiles.end - 1, c)
+    o, used = warpgroup_mma_wait(0, [o_acc, state.p])
+    memory.v_ring.release(n + tiles.end - 1)
+    return o, state.m, state.l
+
+
+@gluon.jit
+def consume(WHO: gl.constexpr, call, memory, c):
+    """A consumer's partition: items as they come."""
+    n = 0  # key tiles so far
+    number = 0  # items with keys so far
+    turn = 0
+    item = receive(memory.board, turn, call, c)
+    while item.extend_len != 0:
+        tiles = tiles_of(item, call, c)
+        row0 = item.first
+        head = item.head_block * c.HEADS
+        if c.HEADS == 2:
+            head += WHO
+        else:
+            row0 += WHO * ROWS
+        o = gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O)
+        m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
+        l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
+        if (not c.SPLIT) or tiles.begin < tiles.end:
+            mbarrier.wait(memory.q_full.index(WHO), number & 1)
+            o, m, l = attend(WHO, memory, call, item, tiles, row0, n - tiles.begin, c)
+            n += tiles.end - tiles.begin
+            number += 1
+        if c.SPLIT:
+            store_part(call, item, tiles, row0, head, o, m, l, c)
+        else:
+            store(WHO, memory, call, item, row0, head, o, m, l, c)
+        if c.V_SLICES > 1:
+            if (not c.SPLIT) or tiles.begin < tiles.end:
+                fence_async_shared()
+                mbarrier.arrive(memory.q_empty.index(WHO), count=1)
+        turn += 1
+        item = receive(memory.board, turn, call, c)
+
+
+UNSPECIALIZED = [
+    "batch_size", "row_blocks", "splits", "window", "new_scale", "pool_scale", "v_scale", "logit_cap",
+    "temperature_len", "log2_temperature_len", "stride_ks", "stride_kg", "stride_vs", "stride_vg", "stride_ot",
+    "stride_oh",
+]  # fmt: skip
+UNALIGNED = ["qo_indptr", "kv_indptr", "kv_indices", "prefix_lens", "sinks", "window_offsets", "q_positions", "lse"]
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+def tiled_kernel(
+    q_desc, k_desc, v_desc, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices, prefix_lens, sinks,
+    window_offsets, q_positions, partial, partial_ml, stride_ks, stride_kg, stride_vs, stride_vg, stride_ot, stride_oh,
+    batch_size, row_blocks, splits, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len,
+    log2_temperature_len,
+    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr, K_CHUNKS: gl.constexpr,
+    BLOCK_DV: gl.constexpr, V_SLICES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    SPLIT: gl.constexpr, HAS_POOL: gl.constexpr, UNIFIED: gl.constexpr, FP8: gl.constexpr, CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr, SINKS: gl.constexpr, CAP: gl.constexpr, TEMPERATURE: gl.constexpr,
+    Q_POSITIONS: gl.constexpr, LSE: gl.constexpr, V_SCALED: gl.constexpr, NEGATE: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr,
+):  # fmt: skip
+    """Descriptors are ragged (launch_tiled.py); tensors as in ``Inputs``; numbers in the order of recipe.scalars."""
+    ARRIVALS: gl.constexpr = 128 if HAS_POOL else 1  # a gathered slot is filled by all threads of the producer
+    OFFSETS: gl.constexpr = window_offsets is not None
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    c = Shape(
+        NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 else 2 * ROWS, HEAD_DIM, HEAD_DIM_V, BLOCK_N,
+        K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, SPLIT, HAS_POOL, UNIFIED, FP8, CAUSAL, WINDOW, SINKS, CAP,
+        TEMPERATURE, Q_POSITIONS, OFFSETS, LSE, V_SCALED, NEGATE,
+        gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]), O, gl.DotOperandLayout(0, O, 2),
+    )  # fmt: skip
+    call = Call(
+        o, lse if LSE else o, partial if SPLIT else o, partial_ml if SPLIT else o, qo_indptr, kv_indptr,
+        prefix_lens if UNIFIED else o, sinks if SINKS else o, window_offsets if OFFSETS else o,
+        q_positions if Q_POSITIONS else o, gl.to_tensor(stride_ot), gl.to_tensor(stride_oh),
+        gl.to_tensor(batch_size), gl.to_tensor(row_blocks), gl.to_tensor(splits), gl.to_tensor(window),
+        gl.to_tensor(new_scale), gl.to_tensor(pool_scale),
+        gl.to_tensor(v_scale), gl.to_tensor(logit_cap), gl.to_tensor(temperature_len),
+        gl.to_tensor(log2_temperature_len),
+    )  # fmt: skip
+    sources = Sources(
+        q_desc, k_desc, v_desc, k_pool if HAS_POOL else o, v_pool if HAS_POOL else o, kv_indices,
+        gl.to_tensor(stride_ks), gl.to_tensor(stride_kg), gl.to_tensor(stride_vs), gl.to_tensor(stride_vg),
+    )  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
+    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, K_COLUMNS], dtype)
+    K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, K_COLUMNS], dtype)
+    V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_DV], dtype)
+    WORDS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    memory = Memory(
+        gl.allocate_shared_memory(dtype, [2 * K_CHUNKS, ROWS, K_COLUMNS], Q_LAYOUT),
+        barriers(2, 1),
+        barriers(2, 1),
+        Ring(
+            gl.allocate_shared_memory(dtype, [K_STAGES, BLOCK_N, K_COLUMNS], K_LAYOUT),
+            barriers(K_STAGES, ARRIVALS), barriers(K_STAGES, 2), K_STAGES,
+        ),
+        Ring(
+            gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, BLOCK_DV], V_LAYOUT),
+            barriers(V_STAGES, ARRIVALS), barriers(V_STAGES, 2), V_STAGES,
+        ),
+        Ring(
+            gl.allocate_shared_memory(gl.int32, [MESSAGES * FIELDS, 1], WORDS),
+            barriers(MESSAGES, 1), barriers(MESSAGES, 2), MESSAGES,
+        ),
+    )  # fmt: skip
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (consume, (0, call, memory, c)),
+            (consume, (1, call, memory, c)),
+            (produce, (sources, call, memory, ARRIVALS, c)),
+        ],
+        [4, PRODUCER_WARPS],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )

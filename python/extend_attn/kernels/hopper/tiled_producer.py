@@ -1,0 +1,215 @@
+"""The tiled Hopper kernel's producer: query tiles, then key and value tiles in the order that consumers use them.
+
+New tokens come through TMA. Their descriptors are *ragged*: two leading dimensions whose strides cancel (modulo 2^64)
+move the end of the tensor to the end of the sequence, so that the hardware fills the rows past it with zeros and a
+neighbour's rows are never seen. Prefix rows, and all rows of a unified call, are gathered one by one into the same
+rings, by asynchronous copies or, from an fp8 pool, through registers; rows past either end of what the item sees repeat
+a row that it does see, and their scores are masked.
+"""
+
+# Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from .fp8_rows import load_codes, put_codes
+from .gluon_compat import gather_load, struct, tma_load
+from .tiled_schedule import count_blocks, find_item, item_index, publish
+from .tiled_work import ROWS, tiles_of
+
+
+@struct
+class Sources:
+    """Where rows come from: ragged descriptors of q, k and v, the pools [slots, heads, dim] and the slots' numbers."""
+
+    q: tma.tensor_descriptor
+    k: tma.tensor_descriptor
+    v: tma.tensor_descriptor
+    k_pool: gl.tensor
+    v_pool: gl.tensor
+    kv_indices: gl.tensor
+    stride_ks: gl.tensor
+    stride_kg: gl.tensor
+    stride_vs: gl.tensor
+    stride_vg: gl.tensor
+
+
+RAGGED: gl.constexpr = gl.constexpr(1 << 30)  # rows of a ragged descriptor's last-but-two dimension
+
+
+@gluon.jit
+def load_box(desc, item, row, head, column, barrier, destination, bytes: gl.constexpr, arrivals: gl.constexpr):
+    """Rows ``row``.. of the item's sequence, zeros past its end. ``arrivals``: what completes the barrier."""
+    if arrivals > 1:
+        mbarrier.arrive(barrier, count=arrivals - 1)
+    mbarrier.expect(barrier, bytes)
+    end = item.q_start + item.extend_len
+    tma_load(desc, [RAGGED, end, RAGGED - item.extend_len + row, head, column], barrier, destination)
+
+
+@gluon.jit
+def load_query(desc, item, memory, number, c):
+    BYTES: gl.constexpr = ROWS * c.K_COLUMNS * c.K_CHUNKS * 2
+    end = item.q_start + item.extend_len
+    for who in gl.static_range(2):
+        mbarrier.wait(memory.q_empty.index(who), (number & 1) ^ 1)
+        mbarrier.expect(memory.q_full.index(who), BYTES)
+        row = item.first
+        head = item.head_block * c.HEADS
+        if c.HEADS == 2:
+            head += who
+        else:
+            row += who * ROWS
+        for chunk in gl.static_range(c.K_CHUNKS):
+            tma_load(
+                desc,
+                [RAGGED, end, RAGGED - item.extend_len + row, head, chunk * c.K_COLUMNS],
+                memory.q_full.index(who),
+                memory.q_slots.index(who * c.K_CHUNKS + chunk),
+            )
+
+
+@gluon.jit
+def load_keys(desc, item, tile, head, ring, n, arrivals: gl.constexpr, c):
+    BYTES: gl.constexpr = c.BLOCK_N * c.K_COLUMNS * 2
+    for chunk in gl.static_range(c.K_CHUNKS):
+        at = n * c.K_CHUNKS + chunk
+        ring.wait_empty(at)
+        load_box(
+            desc, item, tile * c.BLOCK_N, head, chunk * c.K_COLUMNS, ring.filled(at), ring.slot(at), BYTES, arrivals
+        )
+
+
+@gluon.jit
+def load_values(desc, item, tile, head, ring, n, arrivals: gl.constexpr, c):
+    BYTES: gl.constexpr = c.BLOCK_N * c.BLOCK_DV * 2
+    ring.wait_empty(n)
+    column = item.v_slice * c.BLOCK_DV
+    load_box(desc, item, tile * c.BLOCK_N, head, column, ring.filled(n), ring.slot(n), BYTES, arrivals)
+
+
+@gluon.jit
+def gather(
+    rows, column, limit: gl.constexpr, columns: gl.constexpr, PADDED: gl.constexpr, barrier, destination,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Columns [column, column + columns) of the rows at pointers ``rows``; zeros from ``limit`` on, if PADDED."""
+    offset = column + gl.arange(0, columns, layout=gl.SliceLayout(0, LAYOUT))
+    pointers = rows[:, None] + offset[None, :]
+    pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])
+    if PADDED:
+        gather_load(destination, pointers, mask=(offset < limit)[None, :])
+    else:
+        gather_load(destination, pointers)
+    async_copy.mbarrier_arrive(barrier, increment_count=False)
+
+
+@gluon.jit
+def convert(rows, slots, COLUMN: gl.constexpr, limit: gl.constexpr, columns: gl.constexpr, ring, n,
+            LAYOUT: gl.constexpr, c):  # fmt: skip
+    """``gather`` of an fp8 pool's rows, by pointers to words of four codes; these wait in registers for the slot."""
+    codes = load_codes(rows, slots >= 0, COLUMN, columns, limit, LAYOUT)
+    ring.wait_empty(n)
+    put_codes(ring.slot(n), codes, 0, c.FP8, ring.slots.dtype == gl.float16)
+    fence_async_shared()
+    mbarrier.arrive(ring.filled(n), count=gl.num_warps() * 32)
+
+
+@gluon.jit
+def rows_of(base, slots, stride, c):
+    """Pointers to the rows of ``slots``; of an fp8 pool, to words of four codes."""
+    if c.FP8:
+        return base.to(gl.pointer_type(gl.int32), bitcast=True) + slots.to(gl.int64) * (stride // 4)
+    else:
+        return base + slots.to(gl.int64) * stride
+
+
+@gluon.jit
+def gather_keys(base, slots, stride, ring, n, LAYOUT: gl.constexpr, c):
+    PADDED: gl.constexpr = c.HEAD_DIM != c.K_COLUMNS * c.K_CHUNKS
+    rows = rows_of(base, slots, stride, c)
+    for chunk in gl.static_range(c.K_CHUNKS):
+        at = n * c.K_CHUNKS + chunk
+        if c.FP8:
+            convert(rows, slots, chunk * c.K_COLUMNS, c.HEAD_DIM, c.K_COLUMNS, ring, at, LAYOUT, c)
+        else:
+            ring.wait_empty(at)
+            gather(rows, chunk * c.K_COLUMNS, c.HEAD_DIM, c.K_COLUMNS, PADDED, ring.filled(at), ring.slot(at), LAYOUT)
+
+
+@gluon.jit
+def gather_values(base, slots, stride, v_slice, ring, n, LAYOUT: gl.constexpr, c):
+    PADDED: gl.constexpr = c.HEAD_DIM_V != c.BLOCK_DV * c.V_SLICES
+    rows = rows_of(base, slots, stride, c)
+    if c.FP8:
+        rows += v_slice * (c.BLOCK_DV // 4)
+        convert(rows, slots, 0, c.HEAD_DIM_V, c.BLOCK_DV, ring, n, LAYOUT, c)
+    else:
+        ring.wait_empty(n)
+        gather(rows, v_slice * c.BLOCK_DV, c.HEAD_DIM_V, c.BLOCK_DV, PADDED, ring.filled(n), ring.slot(n), LAYOUT)
+
+
+@gluon.jit
+def slots_of(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
+    """Pool slots of prefix tile t's keys; keys that the item does not see repeat one that it does."""
+    start = (tiles.pool_hi - 1 - (t - tiles.new_tiles)) * c.BLOCK_N
+    key = start + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+    key = gl.maximum(gl.minimum(key, item.prefix_len - 1), tiles.pool_first)
+    return gl.load(kv_indices + key).to(gl.int32)  # half the registers
+
+
+@gluon.jit
+def new_slots_of(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
+    """Pool slots of new tile t's keys in a unified call; past the end, the last one's."""
+    key = (tiles.new_hi - 1 - t) * c.BLOCK_N + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+    return gl.load(kv_indices + item.prefix_len + gl.minimum(key, item.extend_len - 1)).to(gl.int32)
+
+
+@gluon.jit
+def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
+    """K of tile t + 1 goes before V of tile t: that is the order in which consumers ask for them."""
+    # a thread's share of a row: 8 elements of 16 bits, or 8 codes in two words
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2 if c.FP8 else 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    program = gl.program_id(0)
+    total = count_blocks(call, c)
+    n = 0
+    number = 0
+    turn = 0
+    working = total * 0 + 1
+    while working != 0:
+        item, rest, kv_start = find_item(item_index(turn, program, gl.num_programs(0)), total, call, c)
+        publish(memory.board, item, rest, turn)
+        turn += 1
+        working = item.extend_len
+        if working != 0:
+            tiles = tiles_of(item, call, c)
+            if tiles.begin < tiles.end:
+                head = item.head_block * c.HEADS // c.GROUP
+                k_base = sources.k_pool + head.to(gl.int64) * sources.stride_kg
+                v_base = sources.v_pool + head.to(gl.int64) * sources.stride_vg
+                slots = gl.zeros([c.BLOCK_N], gl.int32, gl.SliceLayout(1, LAYOUT))
+                following = slots
+                for t in range(tiles.begin, tiles.end + 1):
+                    if t < tiles.end:
+                        if (not c.UNIFIED) and t < tiles.new_tiles:
+                            tile = tiles.new_hi - 1 - t
+                            load_keys(sources.k, item, tile, head, memory.k_ring, n, ARRIVALS, c)
+                        elif c.HAS_POOL:
+                            if c.UNIFIED and t < tiles.new_tiles:
+                                following = new_slots_of(sources.kv_indices + kv_start, item, tiles, t, LAYOUT, c)
+                            else:
+                                following = slots_of(sources.kv_indices + kv_start, item, tiles, t, LAYOUT, c)
+                            gather_keys(k_base, following, sources.stride_ks, memory.k_ring, n, LAYOUT, c)
+                    if t == tiles.begin:
+                        load_query(sources.q, item, memory, number, c)
+                    elif (not c.UNIFIED) and t <= tiles.new_tiles:
+                        load_values(sources.v, item, tiles.new_hi - t, head, memory.v_ring, n - 1, ARRIVALS, c)
+                    elif c.HAS_POOL:
+                        v_ring = memory.v_ring
+                        gather_values(v_base, slots, sources.stride_vs, item.v_slice, v_ring, n - 1, LAYOUT, c)
+                    slots = following
+                    n += 1
+                n -= 1
+                number += 1

@@ -1,0 +1,188 @@
+"""Which work items there are, and who does which: the producer finds them and tells the consumers.
+
+Items are in order of falling cost over the whole batch. An item's *level* is the number of blocks of keys that it
+sees; the sequence's last block of rows has the highest. Program p of P takes items p, 2P - 1 - p, 2P + p, ...: rounds
+run to and fro, which evens out what the programs get. Lengths are read on the device, so a graph may change them.
+"""
+
+# Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .tiled_work import Item
+
+CHUNK = gl.constexpr(128)  # sequences looked at in one step
+FIELDS = gl.constexpr(8)  # words a message, of which 6 are used
+MESSAGES = gl.constexpr(2)
+
+
+@gluon.jit
+def item_index(turn, program, programs):
+    """The ``turn``-th item of a program."""
+    return gl.where(turn % 2 == 0, turn * programs + program, (turn + 1) * programs - 1 - program)
+
+
+@gluon.jit
+def _blocks(start, call, c):
+    """(sequence, blocks of rows, blocks of prefix that they all see) of CHUNK sequences from ``start`` on."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([CHUNK // 32], [32], [gl.num_warps()], [0])
+    b = start + gl.arange(0, CHUNK, layout=LAYOUT)
+    ok = b < call.batch_size
+    rows = gl.load(call.qo_indptr + b + 1, mask=ok, other=0) - gl.load(call.qo_indptr + b, mask=ok, other=0)
+    blocks = gl.cdiv(rows.to(gl.int32), c.TOKENS)
+    before = gl.zeros_like(blocks)
+    if c.HAS_POOL:
+        if c.UNIFIED:
+            before = gl.load(call.prefix_lens + b, mask=ok, other=0).to(gl.int32)
+        else:
+            stop = gl.load(call.kv_indptr + b + 1, mask=ok, other=0)
+            before = (stop - gl.load(call.kv_indptr + b, mask=ok, other=0)).to(gl.int32)
+        if c.WINDOW:
+            before = gl.minimum(before, call.window)
+        before = before // c.TOKENS
+    return b, blocks, before
+
+
+@gluon.jit
+def _highest(call, c):
+    """The highest level of the batch."""
+    highest = 0
+    for start in range(0, call.batch_size, CHUNK):
+        b, blocks, before = _blocks(start, call, c)
+        highest = gl.maximum(highest, gl.max(gl.where(blocks > 0, blocks + before, 0), 0))
+    return highest
+
+
+@gluon.jit
+def count_blocks(call, c):
+    """Blocks of rows in the whole batch."""
+    return _at_least(1, call, c)
+
+
+@gluon.jit
+def _at_least(level, call, c):
+    """How many (sequence, block) pairs have this level or a higher one."""
+    found = 0
+    for start in range(0, call.batch_size, CHUNK):
+        b, blocks, before = _blocks(start, call, c)
+        found += gl.sum(gl.minimum(gl.maximum(blocks + before - level + 1, 0), blocks), 0)
+    return found
+
+
+@gluon.jit
+def _members_before(sequence, level, call, c):
+    """How many sequences before this one have a block of this level."""
+    found = 0
+    for start in range(0, sequence, CHUNK):
+        b, blocks, before = _blocks(start, call, c)
+        member = (b < sequence) & (before < level) & (level <= before + blocks)
+        found += gl.sum(member.to(gl.int32), 0)
+    return found
+
+
+@gluon.jit
+def find_block(rank, total, call, c):
+    """(sequence, block) of that rank among all by falling level; ``rank`` < ``total``, which is how many there are."""
+    level = 1
+    above = _highest(call, c) + 1  # no item is that high
+    higher = 0  # items of at least ``above``
+    while above - level > 1:
+        middle = (level + above) // 2
+        found = _at_least(middle, call, c)
+        level = gl.where(found > rank, middle, level)
+        higher = gl.where(found > rank, higher, found)
+        above = gl.where(found > rank, above, middle)
+    rank -= higher
+    sequence = 0
+    beyond = call.batch_size
+    while beyond - sequence > 1:
+        middle = (sequence + beyond) // 2
+        here = _members_before(middle, level, call, c) <= rank
+        sequence = gl.where(here, middle, sequence)
+        beyond = gl.where(here, beyond, middle)
+    return sequence, level - 1
+
+
+@gluon.jit
+def find_item(index, total, call, c):
+    """(item ``index``, where its prefix slots start); ``total`` blocks of rows are in the batch."""
+    inner = c.HEAD_BLOCKS * c.V_SLICES * call.splits
+    rank = index // inner
+    rest = index % inner
+    kv_start = gl.to_tensor(0).to(gl.int64)
+    prefix_len = gl.to_tensor(0)
+    q_start = gl.to_tensor(0)
+    extend_len = gl.to_tensor(0)
+    sequence = gl.to_tensor(0)
+    block = gl.to_tensor(0)
+    if rank < total:
+        if call.batch_size == 1:
+            block = total - 1 - rank
+        else:
+            sequence, block = find_block(rank, total, call, c)
+        q_start = gl.load(call.qo_indptr + sequence).to(gl.int32)
+        extend_len = gl.load(call.qo_indptr + sequence + 1).to(gl.int32) - q_start
+        if c.HAS_POOL:
+            kv_start = gl.load(call.kv_indptr + sequence).to(gl.int64)
+            if c.UNIFIED:
+                prefix_len = gl.load(call.prefix_lens + sequence).to(gl.int32)
+            else:
+                prefix_len = (gl.load(call.kv_indptr + sequence + 1).to(gl.int64) - kv_start).to(gl.int32)
+            if call.batch_size > 1:  # its level counts the prefix too
+                before = prefix_len
+                if c.WINDOW:
+                    before = gl.minimum(before, call.window)
+                block -= before // c.TOKENS
+    return item_of(sequence, block, q_start, extend_len, prefix_len, rest, call, c), rest, kv_start
+
+
+@gluon.jit
+def item_of(sequence, block, q_start, extend_len, prefix_len, rest, call, c):
+    """``rest`` counts head blocks, splits and value slices, the last fastest: neighbours read the same keys."""
+    v_slice = rest % c.V_SLICES
+    split = rest // c.V_SLICES % call.splits
+    head_block = rest // c.V_SLICES // call.splits
+    return Item(sequence, block, block * c.TOKENS, q_start, extend_len, prefix_len, head_block, v_slice, split)
+
+
+@gluon.jit
+def _put(board, at, value):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    board.index(at).store(gl.full([1], value, gl.int32, LAYOUT))
+
+
+@gluon.jit
+def _get(board, at):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.max(board.index(at).load(LAYOUT), 0)
+
+
+@gluon.jit
+def publish(board, item, rest, number):
+    """Tells the consumers the producer's ``number``-th item."""
+    board.wait_empty(number)
+    at = number % MESSAGES * FIELDS
+    _put(board.slots, at, item.sequence)
+    _put(board.slots, at + 1, item.block)
+    _put(board.slots, at + 2, item.q_start)
+    _put(board.slots, at + 3, item.extend_len)
+    _put(board.slots, at + 4, item.prefix_len)
+    _put(board.slots, at + 5, rest)
+    mbarrier.arrive(board.filled(number), count=1)
+
+
+@gluon.jit
+def receive(board, number, call, c):
+    """A consumer's ``number``-th item."""
+    board.wait_full(number)
+    at = number % MESSAGES * FIELDS
+    sequence = _get(board.slots, at)
+    block = _get(board.slots, at + 1)
+    q_start = _get(board.slots, at + 2)
+    extend_len = _get(board.slots, at + 3)
+    prefix_len = _get(board.slots, at + 4)
+    rest = _get(board.slots, at + 5)
+    board.release(number)
+    return item_of(sequence, block, q_start, extend_len, prefix_len, rest, call, c)

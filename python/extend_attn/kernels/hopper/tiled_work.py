@@ -1,0 +1,185 @@
+"""What the tiled Hopper kernel works on: a call, its compile-time shape, work items and their key tiles."""
+
+# No `from __future__ import annotations`: an aggregate's fields are checked against the annotations themselves.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .gluon_compat import struct
+from .ring import Ring
+
+ROWS: gl.constexpr = gl.constexpr(64)  # query rows of a consumer: one warpgroup product is that high
+MIN_SPLIT_TILES: gl.constexpr = gl.constexpr(4)  # key tiles from which a split is worth its partial result
+
+
+@struct
+class Shape:
+    """Compile-time facts. A key tile is BLOCK_N keys in K_CHUNKS slots of K_COLUMNS columns, and one slot of values.
+
+    HEADS 2: the two consumers take two query heads of one KV head over the same 64 tokens; 1: two blocks of 64 tokens
+    of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns. SPLIT:
+    items that share a block's keys. FP8: 0, or what fp8_rows.py calls the pool's codes. S, O, P: the layouts of a
+    consumer's logits, accumulator, weights.
+    """
+
+    NUM_HEADS: gl.constexpr
+    GROUP: gl.constexpr
+    HEADS: gl.constexpr
+    HEAD_BLOCKS: gl.constexpr
+    TOKENS: gl.constexpr
+    HEAD_DIM: gl.constexpr
+    HEAD_DIM_V: gl.constexpr
+    BLOCK_N: gl.constexpr
+    K_COLUMNS: gl.constexpr
+    K_CHUNKS: gl.constexpr
+    BLOCK_DV: gl.constexpr
+    V_SLICES: gl.constexpr
+    SPLIT: gl.constexpr
+    HAS_POOL: gl.constexpr
+    UNIFIED: gl.constexpr
+    FP8: gl.constexpr
+    CAUSAL: gl.constexpr
+    WINDOW: gl.constexpr
+    SINKS: gl.constexpr
+    CAP: gl.constexpr
+    TEMPERATURE: gl.constexpr
+    Q_POSITIONS: gl.constexpr
+    OFFSETS: gl.constexpr
+    LSE: gl.constexpr
+    V_SCALED: gl.constexpr
+    NEGATE: gl.constexpr
+    S: gl.constexpr
+    O: gl.constexpr
+    P: gl.constexpr
+
+
+@struct
+class Call:
+    """A call's arrays and numbers as in ``Inputs`` and recipe.scalars; ``row_blocks`` of TOKENS tokens a sequence at
+    most. The workspaces of splits are laid out as kernels/combine.py reads them."""
+
+    o: gl.tensor
+    lse: gl.tensor
+    partial: gl.tensor
+    partial_ml: gl.tensor
+    qo_indptr: gl.tensor
+    kv_indptr: gl.tensor
+    prefix_lens: gl.tensor
+    sinks: gl.tensor
+    window_offsets: gl.tensor
+    q_positions: gl.tensor
+    stride_ot: gl.tensor
+    stride_oh: gl.tensor
+    batch_size: gl.tensor
+    row_blocks: gl.tensor
+    splits: gl.tensor
+    window: gl.tensor
+    new_scale: gl.tensor
+    pool_scale: gl.tensor
+    v_scale: gl.tensor
+    logit_cap: gl.tensor
+    temperature_len: gl.tensor
+    log2_temperature_len: gl.tensor
+
+
+@struct
+class Memory:
+    """Shared memory: query tiles [2 * K_CHUNKS, 64, K_COLUMNS] with barriers both ways, a ring of key tiles and one of
+    value tiles, and the board on which the producer writes work items (tiled_schedule.py)."""
+
+    q_slots: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    q_empty: gl.shared_memory_descriptor
+    k_ring: Ring
+    v_ring: Ring
+    board: Ring
+
+
+@struct
+class Item:
+    """Tokens ``first``.. of a sequence (TOKENS of them, its block ``block``) for one block of heads.
+
+    ``q_start`` is where the sequence's rows start. An item of a sequence without tokens says that there are no more.
+    """
+
+    sequence: gl.tensor
+    block: gl.tensor
+    first: gl.tensor
+    q_start: gl.tensor
+    extend_len: gl.tensor
+    prefix_len: gl.tensor
+    head_block: gl.tensor
+    v_slice: gl.tensor
+    split: gl.tensor
+
+
+@struct
+class Tiles:
+    """The key tiles that some row of an item sees: new tokens [new_lo, new_hi), prefix [pool_lo, pool_hi).
+
+    Both are walked downwards, new ones first: tile t is new tile ``new_hi`` - 1 - t for t < ``new_tiles``, then prefix
+    tile ``pool_hi`` - 1 - (t - ``new_tiles``). The item takes ``begin`` <= t < ``end``, a split's share. ``pool_first``
+    is the first prefix key that some row sees.
+    """
+
+    new_lo: gl.tensor
+    new_hi: gl.tensor
+    new_tiles: gl.tensor
+    pool_lo: gl.tensor
+    pool_hi: gl.tensor
+    pool_first: gl.tensor
+    begin: gl.tensor
+    end: gl.tensor
+
+
+@struct
+class Place:
+    """One consumer's walk: its rows start at token ``row0``, its tiles at ``begin``. Every row sees all keys of tiles
+    from ``begin`` + 1 to ``stop_new`` and from ``start_pool`` to ``stop_pool``; others are masked."""
+
+    row0: gl.tensor
+    begin: gl.tensor
+    stop_new: gl.tensor
+    start_pool: gl.tensor
+    stop_pool: gl.tensor
+
+
+@gluon.jit
+def tiles_of(item, call, c):
+    new_lo = gl.to_tensor(0)
+    new_hi = gl.cdiv(item.extend_len, c.BLOCK_N)
+    if c.CAUSAL:
+        new_hi = gl.cdiv(gl.minimum(item.first + c.TOKENS, item.extend_len), c.BLOCK_N)
+    pool_first = gl.to_tensor(0)
+    if c.WINDOW:
+        new_lo = gl.maximum(item.first - call.window, 0) // c.BLOCK_N
+        pool_first = gl.maximum(item.prefix_len + item.first - call.window, 0)
+    pool_hi = gl.cdiv(item.prefix_len, c.BLOCK_N)
+    pool_lo = gl.where(pool_first < item.prefix_len, pool_first // c.BLOCK_N, pool_hi)
+    new_tiles = new_hi - new_lo
+    begin = gl.to_tensor(0)
+    end = new_tiles + pool_hi - pool_lo
+    if c.SPLIT:
+        share = gl.maximum(gl.cdiv(end, call.splits), MIN_SPLIT_TILES)
+        begin = gl.minimum(item.split * share, end)
+        end = gl.minimum(begin + share, end)
+    return Tiles(new_lo, new_hi, new_tiles, pool_lo, pool_hi, pool_first, begin, end)
+
+
+@gluon.jit
+def place_of(item, tiles, row0, call, c):
+    skipped = gl.to_tensor(0)
+    if c.CAUSAL:  # the diagonal lies in one tile: BLOCK_N >= ROWS
+        skipped = gl.maximum(tiles.new_hi - row0 // c.BLOCK_N - 1, 0)
+    begin = gl.maximum(tiles.begin, skipped)
+    pool_tiles = tiles.pool_hi - tiles.pool_lo
+    cut = gl.where((item.prefix_len % c.BLOCK_N != 0) & (pool_tiles > 0), 1, 0)  # the prefix ends inside its last tile
+    full_lo = tiles.new_lo
+    pool_full_lo = tiles.pool_lo
+    if c.WINDOW:
+        edge = row0 + ROWS - 1 - call.window  # the last row sees from here on
+        full_lo = gl.maximum(full_lo, gl.cdiv(gl.maximum(edge, 0), c.BLOCK_N))
+        pool_full_lo = gl.maximum(pool_full_lo, gl.cdiv(gl.maximum(edge + item.prefix_len, 0), c.BLOCK_N))
+    start_pool = tiles.new_tiles + cut
+    stop_pool = start_pool + gl.maximum(tiles.pool_hi - cut - pool_full_lo, 0)
+    return Place(row0, begin, tiles.new_hi - full_lo, start_pool, stop_pool)

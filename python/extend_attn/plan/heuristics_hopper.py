@@ -1,0 +1,103 @@
+"""What the Hopper families get by default, and where they are the default at all."""
+
+from __future__ import annotations
+
+from typing import Optional, Tuple
+
+from ..problem import ELEMENT_SIZE, Problem, bucket
+from .device import DeviceSpec
+from .legality_hopper import (
+    PACKED_ROWS_MAX,
+    hopper_illegal,
+    hopper_shared_memory,
+    packed_blocks,
+    packed_held,
+    packed_held_max,
+)
+from .legality_hopper_tiled import ROWS, tiled_blocks
+from .tile import BLOCK_M_MIN, STAGES_MAX, Plan, Tile
+
+# Families that passed the contract tests on a GPU; no other is chosen by default.
+PROVEN: Tuple[str, ...] = ()
+# Up to this many new tokens a sequence hopper_packed is the default: the plain packed family's own limit.
+HOPPER_PACKED_MAX_LEN_EXTEND = 16
+# From this many on hopper_tiled is: below it a consumer's 64 rows are not full.
+HOPPER_TILED_MIN_LEN_EXTEND = 64
+PACKED_BLOCK_N = 64
+# Of a ring where two programs share a multiprocessor: three tiles of 64 keys at head dim 256. And where there is no
+# more than one wave of programs: room for a second one would let a dependent launch pile its programs up.
+RING_BYTES, RING_BYTES_OF_A_WAVE = 96 * 1024, 192 * 1024
+STAGES_MIN = 3
+FULL_WAVE = 0.9  # of the multiprocessors: one split
+MIN_SPLIT_KEYS = 256  # a shorter share costs more in the merge than it saves
+SPLIT_MAX = 64
+MIN_SPLIT_TILES, TILED_SPLIT_MAX = 4, 16  # of hopper_tiled, whose parts are whole blocks of rows
+
+
+def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan]:
+    """The Hopper family's plan where one was measured to be faster than the plain families; None elsewhere."""
+    if problem.batch_invariant:
+        return None
+    if problem.max_len_extend <= HOPPER_PACKED_MAX_LEN_EXTEND:
+        plan = hopper_packed_plan(problem, device)
+    elif problem.max_len_extend >= HOPPER_TILED_MIN_LEN_EXTEND:
+        plan = hopper_tiled_plan(problem, device)
+    else:
+        return None
+    return plan if plan.family in PROVEN and hopper_illegal(problem, plan, device) is None else None
+
+
+def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
+    """Rows: new tokens times the heads of a group, in one tile as long as registers hold it."""
+    block_d, _ = packed_blocks(problem)
+    tile = Tile(min(max(BLOCK_M_MIN, bucket(problem.rows)), PACKED_ROWS_MAX), PACKED_BLOCK_N, 4, 2)
+    while packed_held(problem, tile) > packed_held_max(problem, tile):  # a second warpgroup, then fewer rows
+        tile = tile.merged({"num_warps": 8} if tile.num_warps == 4 else {"block_m": tile.block_m // 2, "num_warps": 4})
+    split_kv = packed_splits(problem, device, tile.block_m)
+    row_blocks = -(-max(problem.rows, 1) // tile.block_m)
+    one_wave = problem.batch_size * problem.num_kv_heads * row_blocks * split_kv <= device.sm_count
+    slot = tile.block_n * block_d * ELEMENT_SIZE[problem.dtype]
+    stages = min(max(STAGES_MIN, (RING_BYTES_OF_A_WAVE if one_wave else RING_BYTES) // slot), STAGES_MAX)
+    while stages > 2 and _too_large(problem, tile, stages, device):
+        stages -= 1
+    return Plan("hopper_packed", tile.merged({"num_stages": stages}), split_kv=split_kv, pdl=True, source="heuristic")
+
+
+def _too_large(problem: Problem, tile: Tile, stages: int, device: DeviceSpec) -> bool:
+    plan = Plan("hopper_packed", tile.merged({"num_stages": stages}))
+    return hopper_shared_memory(problem, plan) > device.shared_memory
+
+
+def packed_splits(problem: Problem, device: DeviceSpec, block_m: int) -> int:
+    """Programs that share one sequence's keys: one where the pairs of sequence and KV head fill the GPU."""
+    programs = max(problem.batch_size, 1) * problem.num_kv_heads * -(-max(problem.rows, 1) // block_m)
+    if programs >= FULL_WAVE * device.sm_count:
+        return 1
+    keys = problem.num_kv_indices  # one sequence may own them all
+    if problem.prefix_bound is not None:
+        keys = min(keys, problem.prefix_bound)
+    return max(1, min(device.sm_count // programs, SPLIT_MAX, keys // MIN_SPLIT_KEYS))
+
+
+def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
+    """128 keys a tile where registers hold their logits beside the accumulator; two heads a program if they pair."""
+    tile = Tile(128, 128 if problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 else 64, 8, 2)
+    if problem.head_dim_qk > 256:
+        tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
+    pack = problem.group % 2 == 0
+    split_kv = tiled_splits(problem, device, tile.block_n, pack)
+    return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=split_kv > 1, source="heuristic")
+
+
+def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool) -> int:
+    """Programs that share the keys of a block of rows: one if blocks fill the GPU, or a window makes them short."""
+    if problem.sliding_window > 0:
+        return 1
+    tokens = ROWS if pack else 2 * ROWS
+    blocks = -(-problem.max_len_extend // tokens)
+    slices = tiled_blocks(problem)[3]
+    items = max(problem.batch_size, 1) * blocks * slices * problem.num_q_heads // (2 if pack else 1)
+    most_tiles = -(-(problem.prefix_hint + problem.max_len_extend) // block_n)
+    if items >= FULL_WAVE * device.sm_count or items == 0:
+        return 1
+    return max(1, min(-(-device.sm_count // items), most_tiles // MIN_SPLIT_TILES, TILED_SPLIT_MAX))

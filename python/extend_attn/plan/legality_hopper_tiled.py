@@ -1,0 +1,77 @@
+"""What the tiled Hopper family can run, and the shared memory that it takes."""
+
+from __future__ import annotations
+
+from typing import Optional, Tuple
+
+from ..problem import ELEMENT_SIZE, Problem
+from .device import DeviceSpec
+from .tile import Plan
+
+ROWS = 64  # of a consumer; a program has two
+WARPS = 8  # of both
+MAX_ROWS = (1 << 30) - 1  # of a tensor that a ragged descriptor addresses
+# (largest head dim, (columns of a slot of keys, slots a key)) and the same of values
+KEY_BLOCKS = ((64, (64, 1)), (128, (128, 1)), (192, (64, 3)), (256, (256, 1)), (512, (128, 4)))
+VALUE_BLOCKS = ((64, (64, 1)), (128, (128, 1)), (256, (256, 1)), (512, (256, 2)))
+HELD_MAX = 176  # registers that hold logits, weights and accumulator, of 232 to 240: with more the loops spill
+BARRIERS = 1024  # bytes: mbarriers, work items, what warp specialisation passes on
+LAYOUT_SCRATCH = 4096  # bytes: the output changes its layout on its way out; with several slices in the query's place
+
+
+def tiled_blocks(problem: Problem) -> Tuple[int, int, int, int]:
+    """(columns of a slot of keys, slots a key, columns of a slot of values, slices of a value).
+
+    Narrower heads are padded with zeros on their way into shared memory. Zeros where there is no kernel.
+    """
+    keys = next((blocks for most, blocks in KEY_BLOCKS if problem.head_dim_qk <= most), None)
+    values = next((blocks for most, blocks in VALUE_BLOCKS if problem.head_dim_v <= most), None)
+    return (*keys, *values) if keys and values else (0, 0, 0, 0)
+
+
+def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
+    """Why the family's ``plan`` cannot run ``problem``, or None if it can."""
+    tile = plan.tile
+    if (tile.block_m, tile.num_warps) != (2 * ROWS, WARPS):
+        return f"tile: {tile}; two consumers of {ROWS} rows and 4 warps are block_m {2 * ROWS}, num_warps {WARPS}"
+    if tile.block_n not in (64, 128):
+        return f"block_n: {tile.block_n}; allowed are 64 and 128"
+    if plan.programs:
+        return f"programs: {plan.programs}; only the packed family shares keys evenly"
+    if plan.split_kv > 1 and problem.sliding_window > 0:
+        return f"split_kv: {plan.split_kv}; under a window a row may see no key of a split"
+    if plan.pack_gqa and problem.group % 2:
+        return f"pack_gqa: two heads of a KV head share a program, and {problem.group} are odd"
+    _, chunks, block_dv, _ = tiled_blocks(problem)
+    if chunks == 0:
+        return f"head dims {problem.head_dim_qk}/{problem.head_dim_v}; keys and values have up to 512 columns"
+    held = tile.block_n * 3 // 4 + block_dv // 2  # fp32 logits, two tiles of 16-bit weights, fp32 accumulator
+    if held > HELD_MAX:
+        return f"registers: {held} a thread for logits, weights and accumulator; there are {HELD_MAX} to hold them"
+    reason = _not_served(problem)
+    if reason:
+        return f"hopper_tiled: {reason}"
+    needed = tiled_shared_memory(problem, plan)
+    if needed > device.shared_memory:
+        return f"shared memory: about {needed} bytes; a block on {device.arch} has {device.shared_memory}"
+    return None
+
+
+def _not_served(problem: Problem) -> Optional[str]:
+    if problem.custom_mask:
+        return "custom_mask: a value that no row sees cannot be kept from the tensor cores"
+    if problem.kv_dtype != problem.dtype and 256 < problem.head_dim_v < 512:
+        return f"head_dim_v: {problem.head_dim_v}; slices of fp8 rows are whole, up to 256 or 512"
+    if problem.q_positions and problem.sliding_window > 0:
+        return "q_positions: its window goes by row"
+    if problem.num_tokens > MAX_ROWS:
+        return f"num_tokens: {problem.num_tokens}; a descriptor addresses {MAX_ROWS} rows"
+    return None
+
+
+def tiled_shared_memory(problem: Problem, plan: Plan) -> int:
+    """Bytes: two query tiles and ``num_stages`` tiles of keys and of values."""
+    columns, chunks, block_dv, slices = tiled_blocks(problem)
+    keys = columns * chunks
+    elements = 2 * ROWS * keys + plan.tile.num_stages * plan.tile.block_n * (keys + block_dv)
+    return elements * ELEMENT_SIZE[problem.dtype] + BARRIERS + (LAYOUT_SCRATCH if slices == 1 else 0)

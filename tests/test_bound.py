@@ -1,0 +1,218 @@
+"""Bound launches without a GPU: keys as fine as Triton's, each version's launcher, descriptors, hooks, variants."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_compile import FOLDERS
+from test_host import case, known
+
+from extend_attn import calls
+from extend_attn.kernels import bound, launchers, workspace
+from extend_attn.plan import DeviceSpec
+from extend_attn.problem import Problem
+from extend_attn.warming import variants_of
+
+TESTS = Path(__file__).resolve().parent
+
+
+@pytest.mark.parametrize("folder", ["", *FOLDERS], ids=lambda folder: Path(folder).name or "installed")
+def test_no_key_stands_for_two_kernels(folder):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = [str(TESTS.parent / "python"), str(TESTS)]
+    environment["PYTHONPATH"] = os.pathsep.join([folder, *path] if folder else path)
+    run = [sys.executable, str(TESTS / "specialisations.py")]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "kernels" in done.stdout, done.stdout + done.stderr
+
+
+class CudaLauncher:
+    """What handle_of looks at, with the launch signature of a version's C launcher in ``expected``."""
+
+    launch_cooperative_grid, launch_pdl = False, True
+    global_scratch_size = profile_scratch_size = 0
+    arg_annotations, kernel_signature = ["annotations"], b"signature"
+    launch = staticmethod(lambda *arguments: None)
+
+
+def compiled(launcher=CudaLauncher):
+    return SimpleNamespace(run=launcher(), function=0xF00, packed_metadata=(4, 1, 0))
+
+
+# What each version's launcher takes between the function and the kernel's arguments (from its driver.py and driver.c).
+HEADS = {
+    (3, 2): [(4, 1, 0), None, None, None],
+    (3, 3): [False, None, (4, 1, 0), None, None, None],
+    (3, 4): [False, True, None, (4, 1, 0), None, None, None],
+    (3, 5): [False, True, None, None, (4, 1, 0), None, None, None],
+    (3, 6): [False, True, None, None, (4, 1, 0), None, None, None],
+    (3, 7): [False, True, (4, 1, 0), None, None, None, None, None, ["annotations"], b"signature"],
+    (3, 9): [False, True, (4, 1, 0), None, None, None, None, None, ["annotations"], b"signature"],
+}
+
+
+@pytest.mark.parametrize("version", HEADS, ids=lambda version: "{}.{}".format(*version))
+def test_what_a_launcher_takes(version):
+    handle = launchers.handle_of(compiled(), version)
+    assert list(handle.head) == [0xF00, *HEADS[version]]
+    assert handle.one_tuple == (version >= (3, 7)) and handle.with_constants == (version > (3, 2))
+
+
+def test_the_installed_launcher_has_what_is_read_from_it():
+    """Names of the installed Triton's own launcher, so that a renamed attribute is seen here."""
+    import inspect
+
+    from triton.backends.nvidia.driver import CudaLauncher as own
+
+    source = inspect.getsource(own)
+    for name in launchers._MIDDLE[launchers.TRITON_VERSION]:
+        assert name is None or name == launchers._METADATA or f"self.{name} =" in source
+
+
+class Unlike(CudaLauncher):
+    pass
+
+
+class WithScratch(CudaLauncher):
+    global_scratch_size = 128
+
+
+WithScratch.__name__ = "CudaLauncher"
+
+
+@pytest.mark.parametrize("launcher", [Unlike, WithScratch])
+def test_a_launcher_that_is_not_known_has_no_handle(launcher):
+    assert launchers.handle_of(compiled(launcher), (3, 6)) is None
+
+
+def test_a_version_that_is_not_known_has_no_handle():
+    assert launchers.handle_of(compiled(), (3, 10)) is None
+    broken = SimpleNamespace(run=CudaLauncher(), packed_metadata=())  # without a function
+    assert launchers.handle_of(broken, (3, 6)) is None
+
+
+@pytest.mark.parametrize("which", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_are_seen(monkeypatch, which):
+    hooks = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=None)
+    monkeypatch.setattr(launchers, "_HOOKS", hooks)
+    assert not launchers.hooked()
+    setattr(hooks, which, print)  # a function, up to 3.4
+    assert launchers.hooked()
+    setattr(hooks, which, SimpleNamespace(calls=[]))  # a chain, from 3.5 on
+    assert not launchers.hooked()
+    getattr(hooks, which).calls.append(print)
+    assert launchers.hooked()
+
+
+def test_hooks_of_the_installed_triton_are_where_they_are_looked_for():
+    assert not launchers.hooked()
+    assert hasattr(launchers._HOOKS, "launch_enter_hook") and hasattr(launchers._HOOKS, "launch_exit_hook")
+
+
+def test_a_launch_with_hooks_is_not_ready(monkeypatch):
+    one = bound.Bound(torch.device("cuda", 0), [], (), [], False, [[], []])
+    assert one.ready()
+    assert not bound.Bound(torch.device("cuda", 0), [], (), [], False, [[], [print]]).ready()
+    monkeypatch.setattr(bound, "hooked", lambda: True)
+    assert not one.ready()
+
+
+@dataclasses.dataclass
+class Descriptor:
+    base: torch.Tensor
+    shape: list
+    block_shape: list
+
+
+def test_descriptors_of_other_calls():
+    """With other rows where the first dim is the rows, as they are where no dim is."""
+    one, _ = known(case())
+    calls.forget()
+    rows, heads, dim = one.k_new.shape
+    make, by_rows = bound._descriptor(Descriptor(one.k_new, [rows, heads, dim], [16, 1, dim]), one)
+    addresses = [0] * 20
+    addresses[1], addresses[bound._ROWS["k_new"]] = 4096, rows + 9
+    made = make(tuple(addresses))
+    assert by_rows and made.shape == [rows + 9, heads, dim] and made.base.data_ptr() == 4096
+    ragged = [1 << 30, 0x7FFF0000, heads, dim]
+    make, by_rows = bound._descriptor(Descriptor(one.k_new, ragged, [1, 16, 1, dim]), one)
+    assert not by_rows and make(tuple(addresses)).shape == ragged
+    for shape in ([1 << 30, rows, heads, dim], [rows * heads, dim]):
+        with pytest.raises(bound.Unbindable, match="rows"):
+            bound._descriptor(Descriptor(one.k_new, shape, []), one)
+    with pytest.raises(bound.Unbindable):
+        bound._descriptor(Descriptor(one.o, [rows, heads, dim], []), one)
+
+
+def test_alignment_that_no_signature_holds_is_not_bound():
+    parameter = SimpleNamespace(name="kv_indices", do_not_specialize=False, do_not_specialize_on_alignment=False)
+    with pytest.raises(bound.Unbindable, match="alignment"):
+        bound._fact(parameter, torch.zeros(4))
+
+
+def test_each_tensors_alignment_is_a_fact():
+    """The query or the pool off by 8 bytes: the same bits together, another kernel each."""
+    one = case(layout="plain", dim=32)
+    calls.forget()
+
+    def moved(name):
+        rows = one.kwargs[name]
+        flat = torch.empty(rows.numel() + 2, dtype=rows.dtype)[2:].view(rows.shape)
+        return {name: flat.copy_(rows)}
+
+    problems = [known(one, **moved(name))[1] for name in ("q_extend", "k_extend", "k_buffer")]
+    assert len({id(prepared) for prepared in problems}) == 3
+    assert {prepared.problem.alignment for prepared in problems} == {8}
+    calls.forget()
+
+
+def test_a_workspace_is_kept_for_its_stream_and_grows(monkeypatch):
+    made = []
+
+    def make(self, device):
+        made.append(self)
+        return torch.empty(self.elements, dtype=self.dtype)
+
+    stream, capturing = [1], [False]
+    monkeypatch.setattr(workspace.Workspace, "make", make)
+    monkeypatch.setattr(workspace, "_kept", workspace._Kept())
+    monkeypatch.setattr(workspace, "_current_stream", lambda device: stream[0])
+    monkeypatch.setattr(workspace, "_is_capturing", lambda: capturing[0])
+    device = torch.device("cuda", 0)
+    small, large = workspace.Workspace("partial", 8), workspace.Workspace("partial", 64)
+    (first,) = workspace.workspaces([small], device)
+    assert workspace.workspaces([small], device)[0] is first and len(made) == 1
+    (grown,) = workspace.workspaces([large], device)
+    assert grown is not first and workspace.workspaces([small], device)[0] is grown
+    stream[0] = 2
+    assert workspace.workspaces([small], device)[0] is not grown
+    capturing[0] = True  # each graph its own
+    assert workspace.workspaces([small], device)[0] is not workspace.workspaces([small], device)[0]
+
+
+# -- how many kernels a model compiles
+
+MODELS = {
+    "one window": dict(head_dim=256, num_q_heads=8, num_kv_heads=4),
+    "full and sliding layers": dict(head_dim=256, num_q_heads=8, num_kv_heads=4, sliding_window=(-1, 1023)),
+    "d128": dict(head_dim=128, num_q_heads=32, num_kv_heads=8),
+    "d512": dict(head_dim=512, num_q_heads=8, num_kv_heads=2),
+}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_compiles_at_most_twelve_kernels(model, arch):
+    """Decode, verification and prefill, with and without prefix, batches from 1 to 256."""
+    device = DeviceSpec.preset(arch)
+    found = set()
+    for problem in Problem.for_model(**MODELS[model]):
+        found |= variants_of(problem, device)
+    assert 4 <= len(found) <= 12

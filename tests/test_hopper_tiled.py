@@ -1,0 +1,245 @@
+"""The tiled Hopper family at the head dims, groups and lengths that its own blocks break at; on a GPU of that kind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cases import make_case
+from modes import GPU
+
+from extend_attn.plan import DeviceSpec, Plan, Tile, illegal, select, shared_memory_bytes
+from extend_attn.plan.heuristics import heuristic
+from extend_attn.plan.select import forget
+from extend_attn.problem import Problem
+
+FAMILY = "hopper_tiled"
+H100 = replace(DeviceSpec.preset("h100"), triton="3.6.0")
+CHUNK = Problem("bfloat16", 256, 256, 8, 4, 4, 4096, 1024, 4 * 4096)
+
+gpu = pytest.mark.gpu
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+
+# (new tokens, prefix): around 64 and 128, a neighbour's poisoned rows behind every end
+UGLY = [
+    (1, 129), (63, 64), (64, 63), (65, 0), (127, 1), (128, 128), (129, 500), (300, 65), (0, 70), (513, 1000), (0, 0),
+]  # fmt: skip
+DIMS = [
+    *((dim, dim) for dim in (64, 80, 96, 128, 256, 384, 512)),
+    (192, 128), (160, 64), (256, 128), (40, 24),
+]  # fmt: skip
+
+
+def check(gqa: bool, **spec) -> None:
+    mode = GPU["hopper_tiled_gqa" if gqa else "hopper_tiled"]
+    mode.check(make_case(**{"dtype": torch.bfloat16, "device": "cuda", "lengths": UGLY, "heads": (4, 2), **spec}))
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize("dim, dim_v", DIMS)
+def test_head_dims(dim, dim_v, gqa):
+    check(gqa, dim=dim, dim_v=dim_v)
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("window", [1, 64, 100])
+def test_windows(dim, window, gqa):
+    check(gqa, dim=dim, window=window)
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (5, 1), (8, 2), (16, 2), (12, 2)])
+@pytest.mark.parametrize("gqa", [False, True])
+def test_groups(heads, gqa):
+    if gqa and heads[0] // heads[1] % 2:
+        pytest.skip("an odd group does not pair")
+    check(gqa, dim=128, heads=heads)
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("no_prefix, gqa", [(True, False), (False, True)])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dict(dtype=torch.float16),
+        dict(out_dtype=torch.float32),
+        dict(causal=False),
+        dict(sinks=torch.float32),
+        dict(logit_cap=20.0),
+        dict(temperature_len=100),
+        dict(temperature_len=100, window=200, cut=[5, 0, 77, 3, 0, 1, 2, 0, 9, 1, 0]),
+        dict(sm_scale=-0.1),
+        dict(sm_scale=0.0),
+        dict(k_scale=0.5, v_scale=2.0),
+        dict(layout="plain", pool_layout="strided", index_dtype=torch.int32),
+        dict(lead=5, max_len_extend=2000),
+    ],
+    ids=str,
+)
+def test_features(spec, no_prefix, gqa):
+    lengths = [(e, 0) for e, _ in UGLY] if no_prefix else UGLY
+    check(gqa, dim=128, lengths=lengths, **spec)
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize("batch, window", [(1, -1), (127, -1), (300, -1), (300, 50)])
+def test_many_sequences(batch, window, gqa):
+    """More sequences than the search for work items looks at in one step; empty ones among them."""
+    pick = torch.Generator().manual_seed(batch)
+    lengths = [tuple(pair) for pair in torch.randint(-20, 300, (batch, 2), generator=pick).clamp(min=0).tolist()]
+    check(gqa, dim=64, lengths=lengths, window=window)
+
+
+@gpu
+@hopper
+def test_fp32_output_of_sliced_values_is_not_rounded():
+    check(True, dim=512, out_dtype=torch.float32, heads=(4, 2))
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize("dim", [128, 256, 512])
+def test_repeats_are_bit_identical(dim, gqa):
+    mode = GPU["hopper_tiled_gqa" if gqa else "hopper_tiled"]
+    case = make_case(dtype=torch.bfloat16, device="cuda", lengths=UGLY, heads=(4, 2), dim=dim)
+    first = mode.call(case)[0].nan_to_num()
+    assert all(torch.equal(first, mode.call(case)[0].nan_to_num()) for _ in range(150))
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("tile", [dict(block_n=64), dict(num_stages=1), dict(block_n=64, num_stages=4)], ids=str)
+def test_tiles(tile):
+    case = make_case(dtype=torch.bfloat16, device="cuda", lengths=UGLY, heads=(4, 2), dim=128)
+    GPU["hopper_tiled_gqa"].check(case, plan={"family": "hopper_tiled", "pack_gqa": True, "tile": tile})
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize("dim, splits", [(64, 2), (256, 5)])
+@pytest.mark.parametrize(
+    "spec", [dict(), dict(sinks=torch.float32, k_scale=0.5, v_scale=2.0), dict(causal=False)], ids=str
+)
+def test_splits(spec, splits, dim, gqa):
+    lengths = [(1, 129), (65, 700), (0, 70), (129, 0), (700, 1), (300, 1500)]
+    case = make_case(dtype=torch.bfloat16, device="cuda", lengths=lengths, heads=(4, 2), dim=dim, **spec)
+    GPU["hopper_tiled"].check(case, plan={"family": "hopper_tiled", "pack_gqa": gqa, "split_kv": splits})
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("dim, gqa", [(64, False), (256, True)])
+@pytest.mark.parametrize(
+    "spec", [dict(), dict(window=100), dict(k_scale=0.5, v_scale=2.0), dict(causal=False)], ids=str
+)
+def test_unified(spec, dim, gqa):
+    check(gqa, dim=dim, unified=True, **spec)
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("unified, gqa", [(False, True), (True, False)])
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dim, dtype", [(64, torch.float16), (96, torch.bfloat16), (128, torch.float16),
+                                        (256, torch.bfloat16), (512, torch.bfloat16)])  # fmt: skip
+def test_fp8_pools(dim, dtype, kv_dtype, unified, gqa):
+    check(gqa, dim=dim, dtype=dtype, kv_dtype=kv_dtype, unified=unified, k_scale=0.5, v_scale=0.25)
+
+
+# -- plans; need no GPU
+
+
+def plan_of(problem: Problem, **changes) -> Plan:
+    plan = heuristic(problem, H100, FAMILY)
+    return plan.merged(changes) if changes else plan
+
+
+@pytest.mark.parametrize("dim, dim_v", DIMS)
+def test_default_plans_fit(dim, dim_v):
+    problem = replace(CHUNK, head_dim_qk=dim, head_dim_v=dim_v)
+    assert illegal(problem, plan_of(problem), H100) is None
+    assert shared_memory_bytes(problem, plan_of(problem), H100) <= H100.shared_memory
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        (dict(custom_mask=True), "custom_mask"),
+        (dict(q_positions=True, sliding_window=100), "q_positions"),
+        (dict(head_dim_qk=576, head_dim_v=512), "head dims"),
+        (dict(dtype="float32", kv_dtype="float32", out_dtype="float32"), "fp32"),
+        (dict(alignment=8), "aligned"),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_serve_falls_to_the_plain_family(changes, word):
+    problem = replace(CHUNK, **changes)
+    reason = illegal(problem, plan_of(CHUNK), H100)
+    assert reason is not None and word in reason
+    assert select(problem, H100).family == "tiled"
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        (dict(tile=dict(block_m=64)), "block_m"),
+        (dict(tile=dict(block_n=32)), "block_n"),
+        (dict(tile=dict(block_n=128)), "registers"),
+        (dict(tile=dict(num_warps=4)), "num_warps"),
+        (dict(tile=dict(num_stages=4)), "shared memory"),
+        (dict(programs=132), "programs"),
+        (dict(tma=True), "tma"),
+    ],
+    ids=str,
+)
+def test_illegal_plans_say_why(changes, word):
+    reason = illegal(CHUNK, plan_of(CHUNK, **changes), H100)
+    assert reason is not None and word in reason
+
+
+def test_odd_groups_do_not_pair_and_windows_do_not_split():
+    odd = replace(CHUNK, num_q_heads=12)
+    assert not plan_of(odd).pack_gqa
+    assert "odd" in str(illegal(odd, plan_of(odd, pack_gqa=True), H100))
+    windowed = replace(CHUNK, sliding_window=1000)
+    assert "window" in str(illegal(windowed, plan_of(windowed, split_kv=2), H100))
+
+
+def test_few_blocks_split_their_keys():
+    one = Problem("bfloat16", 256, 256, 8, 4, 1, 512, 512, 8192)
+    assert plan_of(one).split_kv > 1
+    assert plan_of(CHUNK).split_kv == 1
+    assert plan_of(replace(one, sliding_window=100)).split_kv == 1
+
+
+@pytest.mark.parametrize(
+    "device", [DeviceSpec.preset("a100"), DeviceSpec.preset("b200"), replace(H100, triton="3.5.1")], ids=str
+)
+def test_elsewhere_the_plain_family_runs(device):
+    assert illegal(CHUNK, Plan(FAMILY, Tile(128, 64, 8, 2)), device) is not None
+    assert select(CHUNK, device).family == "tiled"
+
+
+def test_it_is_the_default_where_it_is_proven_and_blocks_are_full(monkeypatch):
+    monkeypatch.setattr("extend_attn.plan.heuristics_hopper.PROVEN", (FAMILY,))
+    monkeypatch.setattr("extend_attn.plan.tables.PACKAGED", Path("no tables"))
+    forget()
+    assert select(CHUNK, H100).family == FAMILY
+    assert select(replace(CHUNK, max_len_extend=32), H100).family == "tiled"
+    assert select(replace(CHUNK, custom_mask=True), H100).family == "tiled"
+    forget()
