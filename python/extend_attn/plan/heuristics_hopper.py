@@ -24,7 +24,9 @@ HOPPER_PACKED_MAX_LEN_EXTEND = 16
 # From this many on hopper_tiled is: below it a consumer's 64 rows are not full.
 HOPPER_TILED_MIN_LEN_EXTEND = 64
 PACKED_BLOCK_N = 64
-RING_BYTES = 96 * 1024  # three tiles of 64 keys at head dim 256; more in flight gains nothing
+# Of a ring where two programs share a multiprocessor: three tiles of 64 keys at head dim 256. And where there is no
+# more than one wave of programs: room for a second one would let a dependent launch pile its programs up on what is free.
+RING_BYTES, RING_BYTES_OF_A_WAVE = 96 * 1024, 192 * 1024
 STAGES_MIN = 3
 FULL_WAVE = 0.9  # of the multiprocessors: one split
 MIN_SPLIT_KEYS = 256  # a shorter share costs more in the merge than it saves
@@ -51,11 +53,13 @@ def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
     tile = Tile(min(max(BLOCK_M_MIN, bucket(problem.rows)), PACKED_ROWS_MAX), PACKED_BLOCK_N, 4, 2)
     while packed_held(problem, tile) > packed_held_max(problem, tile):  # a second warpgroup, then fewer rows
         tile = tile.merged({"num_warps": 8} if tile.num_warps == 4 else {"block_m": tile.block_m // 2, "num_warps": 4})
+    split_kv = packed_splits(problem, device, tile.block_m)
+    row_blocks = -(-max(problem.rows, 1) // tile.block_m)
+    one_wave = problem.batch_size * problem.num_kv_heads * row_blocks * split_kv <= device.sm_count
     slot = tile.block_n * block_d * ELEMENT_SIZE[problem.dtype]
-    stages = min(max(STAGES_MIN, RING_BYTES // slot), STAGES_MAX)
+    stages = min(max(STAGES_MIN, (RING_BYTES_OF_A_WAVE if one_wave else RING_BYTES) // slot), STAGES_MAX)
     while stages > 2 and _too_large(problem, tile, stages, device):
         stages -= 1
-    split_kv = packed_splits(problem, device, tile.block_m)
     return Plan("hopper_packed", tile.merged({"num_stages": stages}), split_kv=split_kv, pdl=True, source="heuristic")
 
 

@@ -87,7 +87,7 @@ def packed_registers(problem: Problem, plan: Plan) -> Tuple[int, int]:
     if not is_fp8(problem):
         return (168, 96) if tall or packed_held(problem, plan.tile) > HELD_OF_TWO else (128, 96)
     if tall:
-        return (168, 104) if v_is_k(problem) else (128, 96)
+        return (168, 96) if v_is_k(problem) else (128, 96)
     return 168, 128
 
 
