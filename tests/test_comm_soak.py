@@ -27,6 +27,7 @@ def test_soak(world, stall_ns):
     ranks = shared(world)
     draw = random.Random(world)
     steps, checks = [], []  # steps: per call, what each local rank does; checks: after a round, what should be there
+    kept = []  # a graph reads its inputs where they were; nothing else holds them
     for number in range(REDUCTIONS):
         count, dtype = draw.choice(SIZES), draw.choice(DTYPES)
         every = integers(world, count, dtype, seed=number)
@@ -39,6 +40,7 @@ def test_soak(world, stall_ns):
     for number in range(GRAPHS):
         every = integers(world, 4099, torch.bfloat16, seed=number)
         xs = ranks.local(every)
+        kept.append(xs)
         outs = [torch.empty_like(x) for x in xs]
         algo = ALGOS[number % len(ALGOS)]
         graphs, _ = capture(ranks, lambda c, x, out: c.all_reduce(x, out=out, algo=algo), xs, outs)  # noqa: B023

@@ -156,7 +156,7 @@ def test_unified(spec, dim, gqa):
 @pytest.mark.parametrize("unified, gqa", [(False, True), (True, False)])
 @pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("dim, dtype", [(64, torch.float16), (96, torch.bfloat16), (128, torch.float16),
-                                        (256, torch.bfloat16), (512, torch.bfloat16)])  # fmt: skip
+                                        (256, torch.bfloat16), (256, torch.float16)])  # fmt: skip
 def test_fp8_pools(dim, dtype, kv_dtype, unified, gqa):
     check(gqa, dim=dim, dtype=dtype, kv_dtype=kv_dtype, unified=unified, k_scale=0.5, v_scale=0.25)
 
@@ -182,6 +182,7 @@ def test_default_plans_fit(dim, dim_v):
         (dict(custom_mask=True), "custom_mask"),
         (dict(q_positions=True, sliding_window=100), "q_positions"),
         (dict(head_dim_qk=576, head_dim_v=512), "head dims"),
+        (dict(kv_dtype="float8_e4m3fn", head_dim_qk=512, head_dim_v=512), "kv_dtype"),
         (dict(dtype="float32", kv_dtype="float32", out_dtype="float32"), "fp32"),
         (dict(alignment=8), "aligned"),
     ],

@@ -25,7 +25,8 @@ HOPPER_PACKED_MAX_LEN_EXTEND = 16
 HOPPER_TILED_MIN_LEN_EXTEND = 64
 PACKED_BLOCK_N = 64
 # Of a ring where two programs share a multiprocessor: three tiles of 64 keys at head dim 256. And where there is no
-# more than one wave of programs: room for a second one would let a dependent launch pile its programs up.
+# more than one wave of programs: room for a second one would let a dependent launch pile its programs up on what is
+# free.
 RING_BYTES, RING_BYTES_OF_A_WAVE = 96 * 1024, 192 * 1024
 STAGES_MIN = 3
 FULL_WAVE = 0.9  # of the multiprocessors: one split

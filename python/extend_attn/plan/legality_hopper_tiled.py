@@ -15,6 +15,7 @@ MAX_ROWS = (1 << 30) - 1  # of a tensor that a ragged descriptor addresses
 KEY_BLOCKS = ((64, (64, 1)), (128, (128, 1)), (192, (64, 3)), (256, (256, 1)), (512, (128, 4)))
 VALUE_BLOCKS = ((64, (64, 1)), (128, (128, 1)), (256, (256, 1)), (512, (256, 2)))
 HELD_MAX = 176  # registers that hold logits, weights and accumulator, of 232 to 240: with more the loops spill
+FP8_HEAD_DIM_MAX = 256
 BARRIERS = 1024  # bytes: mbarriers, work items, what warp specialisation passes on
 LAYOUT_SCRATCH = 4096  # bytes: the output changes its layout on its way out; with several slices in the query's place
 
@@ -60,8 +61,8 @@ def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[
 def _not_served(problem: Problem) -> Optional[str]:
     if problem.custom_mask:
         return "custom_mask: a value that no row sees cannot be kept from the tensor cores"
-    if problem.kv_dtype != problem.dtype and 256 < problem.head_dim_v < 512:
-        return f"head_dim_v: {problem.head_dim_v}; slices of fp8 rows are whole, up to 256 or 512"
+    if problem.kv_dtype != problem.dtype and max(problem.head_dim_qk, problem.head_dim_v) > FP8_HEAD_DIM_MAX:
+        return f"kv_dtype: {problem.kv_dtype} is converted up to head dim {FP8_HEAD_DIM_MAX}; wider, a KiB spills"
     if problem.q_positions and problem.sliding_window > 0:
         return "q_positions: its window goes by row"
     if problem.num_tokens > MAX_ROWS:
