@@ -184,7 +184,7 @@ def test_streams_and_threads_have_workspaces_of_their_own(monkeypatch):
             for _ in range(50):
                 out, _ = cases[i].out()
                 extend_attn.extend_attention_fwd(o_extend=out, **cases[i].kwargs)
-                if not torch.equal(out, expected[i]):
+                if not torch.equal(out.nan_to_num(), expected[i].nan_to_num()):  # rows that nobody owns stay NaN
                     wrong.append(i)
 
     torch.cuda.synchronize()
@@ -222,7 +222,7 @@ def test_a_graph_has_its_own_workspace(monkeypatch):
                 graph.replay()
         right(cases[0])
         torch.cuda.synchronize()
-        assert all(torch.equal(out, wanted) for out, wanted in zip(outs, expected))
+        assert all(torch.equal(out.nan_to_num(), wanted.nan_to_num()) for out, wanted in zip(outs, expected))
 
 
 def test_no_synchronisation_in_a_bound_call(monkeypatch):

@@ -88,7 +88,7 @@ def test_stepping_down_ends_and_shrinks(arch):
             assert (smaller.family, smaller.split_kv) == (plan.family, plan.split_kv)
             plan, steps = smaller, steps + 1
         assert steps < 20
-        least = (16, 64) if plan.hopper else (16, 16)
+        least = {"hopper_tiled": (128, 64), "hopper_packed": (16, 64)}.get(plan.family, (16, 16))
         assert illegal(problem, plan, device) or (max(16, plan.tile.block_m), plan.tile.block_n) == least
 
 
