@@ -1,4 +1,4 @@
-"""Compiles the kernels that the library would choose in each family, for every architecture and head dim, without a GPU.
+"""Compiles what the library would choose in each family, for every architecture and head dim, without a GPU.
 
     python tests/compile_matrix.py            a pairwise sample: every architecture and every head dim at least once
     python tests/compile_matrix.py --all      the whole product, with every set of features (about an hour on 2 cores)

@@ -209,8 +209,9 @@ MODELS = {
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_a_model_compiles_at_most_twelve_kernels(arch):
-    """Decode, verification and prefill, with and without prefix, batches from 1 to 256."""
+def test_a_model_compiles_few_kernels(arch):
+    """Decode, verification and prefill, with and without prefix, batches from 1 to 256: at most 12 kernels, and 16 where
+    the Hopper families choose between two sizes of their rings."""
     code = f"""
 from extend_attn import DeviceSpec, Problem
 from extend_attn.warming import variants_of
@@ -223,4 +224,5 @@ for name, model in {MODELS!r}.items():
     assert done.returncode == 0, done.stderr
     counts = {line.split(maxsplit=1)[1]: int(line.split()[0]) for line in done.stdout.splitlines()}
     assert counts.keys() == MODELS.keys()
-    assert all(4 <= count <= 12 for count in counts.values()), counts
+    most = 16 if arch == "sm_90" else 12
+    assert all(4 <= count <= most for count in counts.values()), counts

@@ -24,16 +24,25 @@ HOPPER_PACKED_MAX_LEN_EXTEND = 16
 # From this many on hopper_tiled is: below it a consumer's 64 rows are not full.
 HOPPER_TILED_MIN_LEN_EXTEND = 64
 PACKED_BLOCK_N = 64
+# fp8 codes are converted a tile at a time: wider tiles of small heads wait less often (64 sequences of 4000 tokens at
+# head dim 128: 230 us on an H100, 267 with 64 keys).
+PACKED_BLOCK_N_FP8 = 128
 # Of a ring where two programs share a multiprocessor: three tiles of 64 keys at head dim 256. And where there is no
 # more than one wave of programs: room for a second one would let a dependent launch pile its programs up on what is
 # free.
 RING_BYTES, RING_BYTES_OF_A_WAVE = 96 * 1024, 192 * 1024
 STAGES_MIN = 3
+# Long prefixes without a window that fill about one wave are cut into even runs of keys, one a multiprocessor, since a
+# host cannot know whether they are of one length: on an H100 32 sequences of 1 to 16000 tokens take 360 us so, 409 as
+# they are; 32 of 8000 take 355 and 351. At head dim 128 it cost 3.5 % where lengths were equal.
+EVEN_MIN_KEYS, EVEN_MIN_HEAD_DIM = 2048, 256
 FULL_WAVE = 0.9  # of the multiprocessors: one split
 # A shorter share costs more in the merge than it saves: 8000 keys take 17.1 us in 16 splits on an H100, 18.9 in 33.
 MIN_SPLIT_KEYS = 512
 SPLIT_MAX = 64
-MIN_SPLIT_TILES, TILED_SPLIT_MAX = 4, 16  # of hopper_tiled, whose parts are whole blocks of rows
+# Of hopper_tiled, whose parts are whole blocks of rows: 1000 new tokens in 3 splits of 5 tiles take 39 us on an H100,
+# 27 in one; 512 after 8192 take 115 in 5 splits of 27, 196 in one.
+MIN_SPLIT_TILES, TILED_SPLIT_MAX = 16, 16
 # From this many new tokens on hopper_tiled takes two heads of a group over 64 tokens rather than 128 tokens of one:
 # 383 against 390 us for 8192 tokens on an H100, but 143 against 114 for 32 chunks of 512.
 PACK_MIN_LEN_EXTEND = 2048
@@ -55,17 +64,29 @@ def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan
 def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
     """Rows: new tokens times the heads of a group, in one tile as long as registers hold it."""
     block_d, _ = packed_blocks(problem)
-    tile = Tile(min(max(BLOCK_M_MIN, bucket(problem.rows)), PACKED_ROWS_MAX), PACKED_BLOCK_N, 4, 2)
+    fp8 = problem.kv_dtype != problem.dtype
+    block_n = PACKED_BLOCK_N_FP8 if fp8 and block_d <= 128 else PACKED_BLOCK_N
+    tile = Tile(min(max(BLOCK_M_MIN, bucket(problem.rows)), PACKED_ROWS_MAX), block_n, 4, 2)
     while packed_held(problem, tile) > packed_held_max(problem, tile):  # a second warpgroup, then fewer rows
         tile = tile.merged({"num_warps": 8} if tile.num_warps == 4 else {"block_m": tile.block_m // 2, "num_warps": 4})
     split_kv = packed_splits(problem, device, tile.block_m)
     row_blocks = -(-max(problem.rows, 1) // tile.block_m)
-    one_wave = problem.batch_size * problem.num_kv_heads * row_blocks * split_kv <= device.sm_count
+    pairs = problem.batch_size * problem.num_kv_heads * row_blocks
+    one_wave = problem.has_prefix and not fp8 and pairs * split_kv <= device.sm_count
+    even = split_kv == 1 and one_wave and _uneven(problem)
     slot = tile.block_n * block_d * ELEMENT_SIZE[problem.dtype]
     stages = min(max(STAGES_MIN, (RING_BYTES_OF_A_WAVE if one_wave else RING_BYTES) // slot), STAGES_MAX)
     while stages > 2 and _too_large(problem, tile, stages, device):
         stages -= 1
-    return Plan("hopper_packed", tile.merged({"num_stages": stages}), split_kv=split_kv, pdl=True, source="heuristic")
+    programs = device.sm_count if even else 0
+    tile = tile.merged({"num_stages": stages})
+    return Plan("hopper_packed", tile, split_kv=split_kv, programs=programs, pdl=True, source="heuristic")
+
+
+def _uneven(problem: Problem) -> bool:
+    """Whether the sequences' key lists are long and may be of any length."""
+    long = problem.num_kv_indices >= EVEN_MIN_KEYS * max(problem.batch_size, 1)
+    return long and problem.sliding_window <= 0 and problem.head_dim_qk >= EVEN_MIN_HEAD_DIM
 
 
 def _too_large(problem: Problem, tile: Tile, stages: int, device: DeviceSpec) -> bool:
@@ -105,4 +126,4 @@ def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool)
     most_tiles = -(-(problem.prefix_hint + problem.max_len_extend) // block_n)
     if items >= FULL_WAVE * device.sm_count or items == 0:
         return 1
-    return max(1, min(-(-device.sm_count // items), most_tiles // MIN_SPLIT_TILES, TILED_SPLIT_MAX))
+    return max(1, min(device.sm_count // items, most_tiles // MIN_SPLIT_TILES, TILED_SPLIT_MAX))
