@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from extend_attn.bench import main, results
-from extend_attn.bench.problems import NOMINAL, ROWS, Ceilings, floor
+from extend_attn.bench.problems import NOMINAL, PUBLISHED, ROWS, Ceilings, floor
 from extend_attn.bench.providers import OWN
 from extend_attn.bench.report import comparison, finding, plan_text, report, summary
 from extend_attn.bench.tuned import merge, winners
@@ -21,7 +21,7 @@ from extend_attn.problem import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = sorted((ROOT / "bench" / "results").glob("*.json"))
-COLUMNS = ("extend_attn", "sglang-tuned", "fa3", "flashinfer-fa2", "sdpa-cudnn")
+COLUMNS = ("extend_attn", "sglang-tuned", "fa3", "sdpa-cudnn")
 
 PLAN = {
     "family": "tiled",
@@ -179,14 +179,18 @@ def test_committed_results_can_be_read(path):
 
 
 def test_the_readme_shows_the_committed_run():
+    """Of each row and provider the fastest plan of the two halves of the run; every row that was published before."""
     text = (ROOT / "README.md").read_text()
-    (name,) = set(re.findall(r"bench/results/(\S+-table)\.json", text))
-    measured = results.load(str(ROOT / "bench" / "results" / f"{name}.json"))["results"]
-    us = {(result["row"], result["provider"]): result["us_graph"] for result in measured}
+    us = {}
+    for name in set(re.findall(r"bench/results/(\S+-(?:verify|prefill))\.json", text)):
+        for result in results.load(str(ROOT / "bench" / "results" / f"{name}.json"))["results"]:
+            key = result["row"], result["provider"]
+            if result["us_graph"] is not None:
+                us[key] = min(us.get(key, result["us_graph"]), result["us_graph"])
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
     lines = [[cell.strip(" *") for cell in cells] for cells in rows]
     shown = {cells[0]: cells for cells in lines if (cells[0], "extend_attn") in us}
-    assert set(shown) == {row for row, _ in us}
+    assert set(shown) >= {row.name for row in PUBLISHED}
     for row, cells in shown.items():
         for provider, cell in zip(COLUMNS, cells[3:]):
             value = us.get((row, provider))

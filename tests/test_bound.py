@@ -210,8 +210,8 @@ MODELS = {
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_a_model_compiles_few_kernels(arch):
-    """Decode, verification and prefill, with and without prefix, batches from 1 to 256: at most 12 kernels, and 16 where
-    the Hopper families choose between two sizes of their rings."""
+    """Decode, verification and prefill, with and without prefix, batches from 1 to 256: at most 12 kernels, and 16
+    where the Hopper families choose between two sizes of their rings."""
     code = f"""
 from extend_attn import DeviceSpec, Problem
 from extend_attn.warming import variants_of
