@@ -1,4 +1,4 @@
-"""The launches of the plain Triton families: the extend kernel, and the combine kernel after splits."""
+"""The launches of the plain Triton families."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ from ..inputs import Inputs
 from ..plan.blocks import block_head_dim, block_head_dim_v
 from ..plan.tile import Plan
 from ..problem import Problem
-from .combine import combine_kernel
-from .compat import CAN_PDL, launch_options, tensor_descriptor
+from .compat import CAN_PDL, tensor_descriptor
 from .extend import extend_kernel
-from .recipe import NUM_TENSORS, Kernel, Recipe, features, kernel, scalars, strides
-from .workspace import Workspace
-
-# Elements of the parts' results in one step of a combine program: 16 parts at head dim 256, or 64. Two sizes for all
-# numbers of parts, so that a model compiles few combine kernels; a part that is not there is masked.
-COMBINE_ELEMENTS = (4096, 16384)
+from .launch_combine import combine_after, combine_tensors
+from .recipe import NUM_TENSORS, Recipe, features, kernel, numbers
 
 
 def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
@@ -53,7 +48,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     extend = kernel(
         extend_kernel,
         tiles * splits,
-        _numbers(inputs, splits, row_blocks),
+        numbers(inputs, splits, row_blocks),
         constants,
         num_warps=plan.tile.num_warps,
         num_stages=plan.tile.num_stages,
@@ -62,42 +57,6 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         return Recipe((extend,), functools.partial(_tensors, boxes))
     combine, workspaces = combine_after(plan, inputs, problem, block_dv, tiles, row_blocks, pdl)
     return Recipe((extend, combine), functools.partial(_tensors_of_splits, boxes), workspaces)
-
-
-def combine_after(
-    plan: Plan, inputs: Inputs, problem: Problem, block_dv: int, tiles: int, row_blocks: int, pdl: bool,
-    shape: Optional[Tuple[int, int]] = None,
-) -> Tuple[Kernel, Tuple[Workspace, ...]]:  # fmt: skip
-    """The combine kernel after ``plan.split_kv`` splits of so many tiles, or after ``plan.programs`` even shares of
-    them all, and its workspaces: the parts' results, their maxima and sums, and which programs had a share of a tile
-    (a single element after splits, which know). ``shape``: rows of a tile and rows a token (None: a packed tile's)."""
-    block_m, rows = shape or (plan.tile.block_m, problem.group)
-    splits = plan.split_kv
-    few, many = (max(2, elements // block_dv) for elements in COMBINE_ELEMENTS)
-    chunk = few if (plan.programs or splits) <= few else many
-    constants = dict(
-        NUM_HEADS=problem.num_q_heads,
-        HEAD_DIM_V=problem.head_dim_v,
-        BLOCK_DV=block_dv,
-        SINKS=problem.sinks,
-        LSE=problem.return_lse,
-        BLOCK_M=block_m,
-        ROWS=rows,
-        CHUNK=chunk,
-        PDL=pdl,
-        EVEN=plan.programs > 0,
-    )
-    combine = kernel(
-        combine_kernel,
-        tiles * block_m,
-        (*strides(inputs.o), splits, row_blocks),
-        constants,
-        num_warps=4 if chunk == few else 8,
-        **launch_options(pdl),
-    )
-    slots = (2 * plan.programs or tiles * splits) * block_m
-    shares = Workspace("shares", 2 * tiles if plan.programs else 1, torch.int32)
-    return combine, (Workspace("partial", slots * block_dv), Workspace("partial_ml", slots * 2), shares)
 
 
 Boxes = Optional[Tuple[List[int], List[int]]]  # the shapes of the TMA boxes of K and V
@@ -109,14 +68,13 @@ def _tensors(boxes: Boxes, inputs: Inputs) -> Tuple[List[object], ...]:
 
 def _tensors_of_splits(boxes: Boxes, inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
     partial, partial_ml, _ = parts
-    combine = [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, *parts]
-    return _extend_tensors(inputs, boxes, partial, partial_ml), combine
+    return _extend_tensors(inputs, boxes, partial, partial_ml), combine_tensors(inputs, *parts)
 
 
 def _extend_tensors(
     inputs: Inputs, boxes: Boxes, partial: Optional[torch.Tensor], partial_ml: Optional[torch.Tensor]
 ) -> List[object]:
-    """With ``_numbers``, the one place that knows the order of extend_kernel's arguments."""
+    """With ``recipe.numbers``, the one place that knows the order of extend_kernel's arguments."""
     (q, k_new, v_new, o, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr, sinks,
      window_offsets, q_positions, lse) = inputs[:NUM_TENSORS]  # fmt: skip
     k_desc = v_desc = None
@@ -129,13 +87,6 @@ def _extend_tensors(
         qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr,
         sinks, window_offsets, q_positions, lse, partial, partial_ml,
     ]  # fmt: skip
-
-
-def _numbers(i: Inputs, splits: int, row_blocks: int) -> tuple:
-    return (
-        *strides(i.q), *strides(i.k_new), *strides(i.v_new), *strides(i.o), *strides(i.k_pool), *strides(i.v_pool),
-        i.batch_size, *scalars(i), splits, row_blocks,
-    )  # fmt: skip
 
 
 def _pool(t: Optional[torch.Tensor]) -> Optional[torch.Tensor]:

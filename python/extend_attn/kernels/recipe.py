@@ -66,6 +66,14 @@ def scalars(i: Inputs) -> tuple:
     )  # fmt: skip
 
 
+def numbers(i: Inputs, splits: int, row_blocks: int) -> tuple:
+    """What the plain extend kernel and the packed Hopper kernel take after their tensors."""
+    return (
+        *strides(i.q), *strides(i.k_new), *strides(i.v_new), *strides(i.o), *strides(i.k_pool), *strides(i.v_pool),
+        i.batch_size, *scalars(i), splits, row_blocks,
+    )  # fmt: skip
+
+
 def features(inputs: Inputs, problem: Problem) -> Dict[str, Any]:
     """The compile-time features of a call, so that one that is off costs nothing."""
     return dict(

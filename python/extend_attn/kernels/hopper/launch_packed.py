@@ -11,8 +11,8 @@ from ...plan.legality_hopper import is_fp8, packed_blocks, packed_registers, v_i
 from ...plan.tile import Plan
 from ...problem import Problem
 from ..compat import launch_options
-from ..launch_plain import combine_after
-from ..recipe import NUM_TENSORS, Recipe, features, kernel, scalars, strides
+from ..launch_combine import combine_after, combine_tensors
+from ..recipe import NUM_TENSORS, Recipe, features, kernel, numbers
 from .packed import packed_kernel
 
 PRODUCER_WARPS = 4
@@ -40,7 +40,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     packed = kernel(
         packed_kernel,
         plan.programs or tiles * splits,
-        _numbers(inputs, splits, row_blocks),
+        numbers(inputs, splits, row_blocks),
         constants,
         num_warps=tile.num_warps,
         maxnreg=registers,
@@ -58,11 +58,11 @@ def _tensors(inputs: Inputs) -> Tuple[List[object], ...]:
 
 
 def _tensors_of_parts(inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
-    return _packed_tensors(inputs, parts), [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, *parts]
+    return _packed_tensors(inputs, parts), combine_tensors(inputs, *parts)
 
 
 def _packed_tensors(inputs: Inputs, parts: Sequence[Optional[torch.Tensor]]) -> List[object]:
-    """With ``_numbers``, the one place that knows the order of packed_kernel's arguments."""
+    """With ``recipe.numbers``, the one place that knows the order of packed_kernel's arguments."""
     (q, k_new, v_new, o, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr, sinks,
      window_offsets, q_positions, lse) = inputs[:NUM_TENSORS]  # fmt: skip
     if mask is not None:
@@ -77,13 +77,6 @@ def _packed_tensors(inputs: Inputs, parts: Sequence[Optional[torch.Tensor]]) -> 
 def codes_of(pool: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
     """An fp8 pool as bytes."""
     return pool.view(torch.uint8) if pool is not None and pool.dtype.itemsize == 1 else pool
-
-
-def _numbers(i: Inputs, splits: int, row_blocks: int) -> tuple:
-    return (
-        *strides(i.q), *strides(i.k_new), *strides(i.v_new), *strides(i.o), *strides(i.k_pool), *strides(i.v_pool),
-        i.batch_size, *scalars(i), splits, row_blocks,
-    )  # fmt: skip
 
 
 def _constants(inputs: Inputs, problem: Problem) -> Dict[str, Any]:

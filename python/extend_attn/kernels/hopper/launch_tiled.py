@@ -13,7 +13,7 @@ from ...inputs import Inputs
 from ...plan.legality_hopper_tiled import ROWS, tiled_blocks
 from ...plan.tile import Plan
 from ...problem import Problem
-from ..launch_plain import combine_after
+from ..launch_combine import combine_after, combine_tensors
 from ..recipe import Recipe, features, kernel, scalars, strides
 from .launch_packed import FP8_CODES, codes_of
 from .tiled import tiled_kernel
@@ -103,8 +103,7 @@ def _tensors(boxes: Boxes, inputs: Inputs) -> Tuple[List[object], ...]:
 
 def _tensors_of_splits(boxes: Boxes, inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
     partial, partial_ml, _ = parts
-    combine = [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, *parts]
-    return _tiled_tensors(boxes, inputs, partial, partial_ml), combine
+    return _tiled_tensors(boxes, inputs, partial, partial_ml), combine_tensors(inputs, *parts)
 
 
 def _tiled_tensors(

@@ -1,0 +1,61 @@
+"""The launch of the combine kernel, which every family has after kernels that share a tile's keys."""
+
+from __future__ import annotations
+
+from typing import List, Optional, Tuple
+
+import torch
+
+from ..inputs import Inputs
+from ..plan.tile import Plan
+from ..problem import Problem
+from .combine import combine_kernel
+from .compat import launch_options
+from .recipe import Kernel, kernel, strides
+from .workspace import Workspace
+
+# Elements of the parts' results in one step of a combine program: 16 parts at head dim 256, or 64. Two sizes for all
+# numbers of parts, so that a model compiles few combine kernels; a part that is not there is masked.
+COMBINE_ELEMENTS = (4096, 16384)
+
+
+def combine_after(
+    plan: Plan, inputs: Inputs, problem: Problem, block_dv: int, tiles: int, row_blocks: int, pdl: bool,
+    shape: Optional[Tuple[int, int]] = None,
+) -> Tuple[Kernel, Tuple[Workspace, ...]]:  # fmt: skip
+    """The combine kernel after ``plan.split_kv`` splits of so many tiles, or after ``plan.programs`` even shares of
+    them all, and its workspaces: the parts' results, their maxima and sums, and which programs had a share of a tile
+    (a single element after splits, which know). ``shape``: rows of a tile and rows a token (None: a packed tile's)."""
+    block_m, rows = shape or (plan.tile.block_m, problem.group)
+    splits = plan.split_kv
+    few, many = (max(2, elements // block_dv) for elements in COMBINE_ELEMENTS)
+    chunk = few if (plan.programs or splits) <= few else many
+    constants = dict(
+        NUM_HEADS=problem.num_q_heads,
+        HEAD_DIM_V=problem.head_dim_v,
+        BLOCK_DV=block_dv,
+        SINKS=problem.sinks,
+        LSE=problem.return_lse,
+        BLOCK_M=block_m,
+        ROWS=rows,
+        CHUNK=chunk,
+        PDL=pdl,
+        EVEN=plan.programs > 0,
+    )
+    combine = kernel(
+        combine_kernel,
+        tiles * block_m,
+        (*strides(inputs.o), splits, row_blocks),
+        constants,
+        num_warps=4 if chunk == few else 8,
+        **launch_options(pdl),
+    )
+    slots = (2 * plan.programs or tiles * splits) * block_m
+    shares = Workspace("shares", 2 * tiles if plan.programs else 1, torch.int32)
+    return combine, (Workspace("partial", slots * block_dv), Workspace("partial_ml", slots * 2), shares)
+
+
+def combine_tensors(inputs: Inputs, *parts: torch.Tensor) -> List[object]:
+    """With the numbers in ``combine_after``, the one place that knows the order of combine_kernel's arguments;
+    ``parts`` are its workspaces."""
+    return [inputs.o, inputs.qo_indptr, inputs.sinks, inputs.lse, *parts]
