@@ -196,6 +196,11 @@ class Problem:
         return min(bounds) if bounds else None
 
     @property
+    def longest_prefix(self) -> int:
+        """The most prefix keys that one sequence may read: one sequence may own all of ``kv_indices``."""
+        return self.num_kv_indices if self.prefix_bound is None else min(self.num_kv_indices, self.prefix_bound)
+
+    @property
     def prefix_hint(self) -> int:
         """A guess of a sequence's prefix keys, for choosing a plan only: ``prefix_bound``, but at most an equal share
         of ``kv_indices``, which may be a preallocated array and then says nothing."""

@@ -122,10 +122,7 @@ def splits(problem: Problem, device: DeviceSpec, block_m: int) -> int:
         return 2 if problem.kv_dtype != problem.dtype and problem.prefix_hint >= LONG_PREFIX else 1
     one_program = max(problem.head_dim_qk, problem.head_dim_v) > LARGE_HEAD_DIM
     wanted = device.sm_count // programs if one_program else -(-device.sm_count // programs)
-    keys = problem.num_kv_indices  # one sequence may own them all
-    if problem.prefix_bound is not None:
-        keys = min(keys, problem.prefix_bound)
-    return max(1, min(wanted, SPLIT_MAX, keys // MIN_SPLIT_KEYS))
+    return max(1, min(wanted, SPLIT_MAX, problem.longest_prefix // MIN_SPLIT_KEYS))
 
 
 def tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:

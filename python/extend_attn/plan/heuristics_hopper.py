@@ -10,6 +10,7 @@ from .legality_hopper import (
     PACKED_ROWS_MAX,
     hopper_illegal,
     hopper_shared_memory,
+    is_fp8,
     packed_blocks,
     packed_held,
     packed_held_max,
@@ -64,23 +65,22 @@ def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan
 def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
     """Rows: new tokens times the heads of a group, in one tile as long as registers hold it."""
     block_d, _ = packed_blocks(problem)
-    fp8 = problem.kv_dtype != problem.dtype
+    fp8 = is_fp8(problem)
     block_n = PACKED_BLOCK_N_FP8 if fp8 and block_d <= 128 else PACKED_BLOCK_N
     tile = Tile(min(max(BLOCK_M_MIN, bucket(problem.rows)), PACKED_ROWS_MAX), block_n, 4, 2)
     while packed_held(problem, tile) > packed_held_max(problem, tile):  # a second warpgroup, then fewer rows
         tile = tile.merged({"num_warps": 8} if tile.num_warps == 4 else {"block_m": tile.block_m // 2, "num_warps": 4})
-    split_kv = packed_splits(problem, device, tile.block_m)
-    row_blocks = -(-max(problem.rows, 1) // tile.block_m)
-    pairs = problem.batch_size * problem.num_kv_heads * row_blocks
-    one_wave = problem.has_prefix and not fp8 and pairs * split_kv <= device.sm_count
+    programs = max(problem.batch_size, 1) * problem.num_kv_heads * -(-max(problem.rows, 1) // tile.block_m)
+    split_kv = packed_splits(problem, device, programs)
+    one_wave = problem.has_prefix and not fp8 and programs * split_kv <= device.sm_count
     even = split_kv == 1 and one_wave and _uneven(problem)
     slot = tile.block_n * block_d * ELEMENT_SIZE[problem.dtype]
     stages = min(max(STAGES_MIN, (RING_BYTES_OF_A_WAVE if one_wave else RING_BYTES) // slot), STAGES_MAX)
     while stages > 2 and _too_large(problem, tile, stages, device):
         stages -= 1
-    programs = device.sm_count if even else 0
     tile = tile.merged({"num_stages": stages})
-    return Plan("hopper_packed", tile, split_kv=split_kv, programs=programs, pdl=True, source="heuristic")
+    shares = device.sm_count if even else 0
+    return Plan("hopper_packed", tile, split_kv=split_kv, programs=shares, pdl=True, source="heuristic")
 
 
 def _uneven(problem: Problem) -> bool:
@@ -94,15 +94,11 @@ def _too_large(problem: Problem, tile: Tile, stages: int, device: DeviceSpec) ->
     return hopper_shared_memory(problem, plan) > device.shared_memory
 
 
-def packed_splits(problem: Problem, device: DeviceSpec, block_m: int) -> int:
-    """Programs that share one sequence's keys: one where the pairs of sequence and KV head fill the GPU."""
-    programs = max(problem.batch_size, 1) * problem.num_kv_heads * -(-max(problem.rows, 1) // block_m)
+def packed_splits(problem: Problem, device: DeviceSpec, programs: int) -> int:
+    """How many share one sequence's keys: one where the ``programs`` that it takes unsplit fill the GPU."""
     if programs >= FULL_WAVE * device.sm_count:
         return 1
-    keys = problem.num_kv_indices  # one sequence may own them all
-    if problem.prefix_bound is not None:
-        keys = min(keys, problem.prefix_bound)
-    return max(1, min(device.sm_count // programs, SPLIT_MAX, keys // MIN_SPLIT_KEYS))
+    return max(1, min(device.sm_count // programs, SPLIT_MAX, problem.longest_prefix // MIN_SPLIT_KEYS))
 
 
 def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
