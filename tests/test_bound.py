@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_compile import FOLDERS
+from test_compile import FOLDERS, TESTS, compiling_python
 from test_host import case, known
 
 from extend_attn import calls
 from extend_attn.kernels import bound, launchers, workspace
 
-TESTS = Path(__file__).resolve().parent
-
 
 @pytest.mark.parametrize("folder", ["", *FOLDERS], ids=lambda folder: Path(folder).name or "installed")
 def test_no_key_stands_for_two_kernels(folder):
-    done = compiling_python(str(TESTS / "specialisations.py"), folder=folder)
+    done = compiling_python(str(TESTS / "specialisations.py"), triton_folder=folder)
     assert done.returncode == 0 and "kernels" in done.stdout, done.stdout + done.stderr
-
-
-def compiling_python(*arguments, folder=""):
-    """Python in a process of its own, where kernels are not interpreted (Gluon can't be imported where they are)."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = [str(TESTS.parent / "python"), str(TESTS)]
-    environment["PYTHONPATH"] = os.pathsep.join([folder, *path] if folder else path)
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
 
 class CudaLauncher:

@@ -16,13 +16,19 @@ OTHERS = "EXTEND_ATTN_OTHER_TRITONS"
 FOLDERS = [folder for folder in os.environ.get(OTHERS, "").split(os.pathsep) if folder]
 
 
-def compile_matrix(*arguments: str, triton_folder: str = "") -> str:
-    """Runs the matrix in a process of its own: this one may have imported Triton as an interpreter."""
+def compiling_python(*arguments: str, triton_folder: str = "", timeout: int = 300) -> subprocess.CompletedProcess:
+    """Python in a process of its own, where kernels are compiled: this one may have imported Triton as an interpreter,
+    beside which Gluon can't be imported."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = [triton_folder] if triton_folder else []
     environment["PYTHONPATH"] = os.pathsep.join([*path, str(TESTS.parent / "python"), str(TESTS)])
-    command = [sys.executable, str(TESTS / "compile_matrix.py"), "--jobs", "1", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def compile_matrix(*arguments: str, triton_folder: str = "") -> str:
+    script = str(TESTS / "compile_matrix.py")
+    done = compiling_python(script, "--jobs", "1", *arguments, triton_folder=triton_folder, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
