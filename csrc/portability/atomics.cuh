@@ -2,11 +2,10 @@
 //
 // Two patterns, and nothing else, order what ranks write for each other:
 // - release / acquire on a word: what a thread wrote or had observed before a release is visible to whoever acquires
-// the word it
-//   wrote. Threads of one block join in through a block barrier before the release and one after the acquire.
+//   the word it wrote. Threads of one block join in through a block barrier before the release and one after the
+//   acquire.
 // - relaxed on words that are their own flag: the reader looks at nothing but the word itself, so no order is needed; a
-// vector
-//   is that many words, each checked, since only words are promised to arrive whole.
+//   vector is that many words, each checked, since only words are promised to arrive whole.
 #pragma once
 
 #include <cstdint>
@@ -59,9 +58,9 @@ __device__ __forceinline__ uint2 load_relaxed_sys(const uint2* address) {
 }
 
 // The old value.
-__device__ __forceinline__ std::uint32_t add_acq_rel_gpu(std::uint32_t* address, std::uint32_t value) {
+__device__ __forceinline__ std::uint32_t add_relaxed_gpu(std::uint32_t* address, std::uint32_t value) {
   std::uint32_t old;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
   return old;
 }
 
