@@ -176,7 +176,7 @@ class Setup:
             pdl=o.pdl,
         )
         resident = min(found.core.load_kernels(DTYPE_NAMES.index(str(d).replace("torch.", ""))) for d in o.dtypes)
-        if self._rendezvous.virtual:  # all ranks' blocks must be on the GPU at once, and so may those of their next call
+        if self._rendezvous.virtual:  # all ranks' blocks must be on the GPU at once; those of the next call may be, too
             return {"blocks": resident // (2 * world), "handle": b"", "address": found.core.address()}
         return {"blocks": resident, "handle": found.core.handle(), "address": 0}
 
