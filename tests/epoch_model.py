@@ -36,7 +36,7 @@ class State:
     flights: Tuple[Tuple[int, int, int, Cell, Value], ...]  # (rank, block, call, cell, value) on their way
     where: Tuple[Tuple[int, ...], ...]  # [rank][block] step in the rank's call
     call: Tuple[int, ...]  # [rank]
-    epoch: Tuple[int, ...]  # [rank], in device memory: read first, advanced last
+    epoch: Tuple[int, ...]  # [rank], in device memory: what a call has read, until all its blocks are through
 
 
 def steps_of(op: str, block: int, protocol: Protocol) -> List[str]:
@@ -163,7 +163,7 @@ class Model:
         return self._advance(self._with(state, memory=memory, flights=tuple(flights)), rank, block)
 
     def _advance(self, state: State, rank: int, block: int) -> State:
-        """To the next step; the last block through advances the epoch, and the next call may begin."""
+        """To the next step. After the last block's last one the next call may begin, with the next epoch."""
         where = [list(row) for row in state.where]
         where[rank][block] += 1
         call, epoch = list(state.call), list(state.epoch)

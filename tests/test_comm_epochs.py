@@ -17,7 +17,7 @@ def test_two_ranks_four_calls(ops):
 
 @pytest.mark.parametrize("ops", [("push", "push"), ("push", "pull"), ("pull", "norm"), ("pull", "pull")], ids="-".join)
 def test_two_blocks(ops):
-    """The header is one block's, and the last block through advances the epoch."""
+    """The header is one block's, and the next call begins when all blocks are through."""
     explore(Model(ops, blocks=2))
 
 
