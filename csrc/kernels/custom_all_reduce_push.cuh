@@ -31,21 +31,24 @@ __device__ __forceinline__ uint4 without_empty(const uint4& v) {
   return make_uint4(without_empty<T>(v.x), without_empty<T>(v.y), without_empty<T>(v.z), without_empty<T>(v.w));
 }
 
-// The peers of a rank, in rank order: 0 to world - 2.
-__device__ __forceinline__ int rank_of_peer(const CommView& c, int peer) { return peer + (peer >= c.rank); }
+// What a thread holds of the peers: an array by rank, or between two ranks the one that is not this.
+template <int kWorld>
+struct Peers {
+  static constexpr int kSlots = kWorld == 2 ? 1 : kMaxRanks;
+  static __device__ __forceinline__ int rank(const CommView& c, int slot) { return kWorld == 2 ? 1 - c.rank : slot; }
+  static __device__ __forceinline__ std::uint32_t mask(const CommView& c) {
+    return kWorld == 2 ? 1 : ((1u << c.world) - 1) & ~(1u << c.rank);
+  }
+};
 
-// The sum of one vector of each rank, in rank order: `mine` comes between those of the peers.
-template <typename T, int kPeers>
-__device__ __forceinline__ uint4 sum_in_order(const uint4& mine, const uint4 (&of_peer)[kPeers], int rank, int world) {
+// The sum of one vector of each rank, in rank order.
+template <typename T, int kWorld>
+__device__ __forceinline__ uint4 sum_in_order(const CommView& c, const uint4& mine,
+                                              const uint4 (&of_peer)[Peers<kWorld>::kSlots]) {
   float sum[kPerVector<T>] = {};
 #pragma unroll
-  for (int r = 0; r <= kPeers; ++r) {
-    if (r >= world) continue;
-    if (r == rank) {
-      accumulate<T>(mine, sum);
-    } else {
-      accumulate<T>(r < rank ? of_peer[r < kPeers ? r : 0] : of_peer[r > 0 ? r - 1 : 0], sum);
-    }
+  for (int r = 0; r < (kWorld == 2 ? 2 : kMaxRanks); ++r) {
+    if (kWorld == 2 || r < c.world) accumulate<T>(r == c.rank ? mine : of_peer[kWorld == 2 ? 0 : r], sum);
   }
   return pack<T>(sum);
 }
@@ -53,7 +56,8 @@ __device__ __forceinline__ uint4 sum_in_order(const uint4& mine, const uint4 (&o
 // kWorld: 2, or 0 for any number of ranks. Where peers are many, a thread has few vectors of each on their way.
 template <typename T, int kWorld>
 __global__ void __launch_bounds__(max_push_threads(kWorld)) one_shot_push(const __grid_constant__ AllReduceParams p) {
-  constexpr int kPeers = kWorld == 2 ? 1 : kMaxRanks - 1;
+  using P = Peers<kWorld>;
+  constexpr int kSlots = P::kSlots;
   constexpr int kHeld = kWorld == 2 ? kHeldVectorsOfTwo : 1;
   const CommView& c = p.comm;
   const int world = kWorld == 2 ? 2 : c.world;
@@ -80,7 +84,7 @@ __global__ void __launch_bounds__(max_push_threads(kWorld)) one_shot_push(const 
         if (i >= vectors) continue;
         const uint4 mine = without_empty<T>(base == first ? own[h] : load_vector<T>(p.input, p.count, i));
 #pragma unroll
-        for (int hop = 1; hop <= kPeers; ++hop) {  // from the next rank on, so that ranks do not all write to one
+        for (int hop = 1; hop < (kWorld == 2 ? 2 : kMaxRanks); ++hop) {  // from the next rank on, so that ranks do not all write to one
           if (hop >= world) continue;
           const int peer = c.rank + hop < world ? c.rank + hop : c.rank + hop - world;
           store_relaxed_sys(reinterpret_cast<uint4*>(push_slot(c, peer, call.epoch, c.rank)) + i, mine);
@@ -90,39 +94,39 @@ __global__ void __launch_bounds__(max_push_threads(kWorld)) one_shot_push(const 
   }
   advance_epoch(c, call);
 
-  const auto slot = [&](int peer) {
-    return reinterpret_cast<uint4*>(push_slot(c, c.rank, call.epoch, rank_of_peer(c, peer)));
+  const auto slot = [&](int q) {
+    return reinterpret_cast<uint4*>(push_slot(c, c.rank, call.epoch, P::rank(c, q)));
   };
   bool good = !call.failed;
   Headers headers(c, call);
   Patience patience(c);
 #pragma unroll 1
   for (std::uint32_t base = first; good && base - lane < vectors; base += kHeld * step) {
-    uint4 v[kHeld][kPeers];
-    std::uint32_t missing = 0;  // bit h * kPeers + q: vector h of peer q
+    uint4 v[kHeld][kSlots];
+    std::uint32_t missing = 0;  // bit h * kSlots + q: vector h of peer q
 #pragma unroll
     for (int h = 0; h < kHeld; ++h) {
-      if (base + h * step < vectors) missing |= ((1u << (world - 1)) - 1) << h * kPeers;
+      if (base + h * step < vectors) missing |= P::mask(c) << h * kSlots;
     }
     while (true) {
-      headers.look();
 #pragma unroll
       for (int h = 0; h < kHeld; ++h) {
 #pragma unroll
-        for (int q = 0; q < kPeers; ++q) {  // all loads first: they are in flight together
-          if (missing >> (h * kPeers + q) & 1) v[h][q] = load_relaxed_sys(slot(q) + base + h * step);
+        for (int q = 0; q < kSlots; ++q) {  // all loads first: they are in flight together
+          if (missing >> (h * kSlots + q) & 1) v[h][q] = load_relaxed_sys(slot(q) + base + h * step);
         }
       }
+      headers.look();  // beside the data: an acquire holds back what comes after it
 #pragma unroll
       for (int h = 0; h < kHeld; ++h) {
 #pragma unroll
-        for (int q = 0; q < kPeers; ++q) {
-          const std::uint32_t bit = 1u << (h * kPeers + q);
+        for (int q = 0; q < kSlots; ++q) {
+          const std::uint32_t bit = 1u << (h * kSlots + q);
           if ((missing & bit) && is_full(v[h][q])) missing &= ~bit;
         }
       }
       if (__all_sync(kFullWarp, missing == 0 && headers.agreed())) break;
-      const int absent = missing != 0 ? rank_of_peer(c, (__ffs(missing) - 1) % kPeers) : -1;
+      const int absent = missing != 0 ? P::rank(c, (__ffs(missing) - 1) % kSlots) : -1;
       if (gives_up(c, call, patience, headers, absent)) {
         good = false;
         break;
@@ -134,10 +138,10 @@ __global__ void __launch_bounds__(max_push_threads(kWorld)) one_shot_push(const 
       const std::uint32_t i = base + h * step;
       if (i >= vectors) continue;
       const uint4 mine = base == first ? own[h] : load_vector<T>(p.input, p.count, i);
-      store_vector<T>(p.output, p.count, i, sum_in_order<T>(mine, v[h], c.rank, world));
+      store_vector<T>(p.output, p.count, i, sum_in_order<T, kWorld>(c, mine, v[h]));
 #pragma unroll
-      for (int q = 0; q < kPeers; ++q) {
-        if (q < world - 1) slot(q)[i] = make_uint4(0, 0, 0, 0);
+      for (int q = 0; q < kSlots; ++q) {
+        if (P::mask(c) >> q & 1) slot(q)[i] = make_uint4(0, 0, 0, 0);
       }
     }
   }

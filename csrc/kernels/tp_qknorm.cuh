@@ -88,8 +88,9 @@ __device__ __forceinline__ bool sum_over_ranks(const CommView& c, Call& call, He
   bool full = lane >= c.world;
   Patience patience(c);
   while (true) {
+    if (!full) v = load_relaxed_sys(slot);
     headers.look();
-    if (!full) full = is_full(v = load_relaxed_sys(slot));
+    full = full || is_full(v);
     if (__all_sync(kFullWarp, full && headers.agreed())) break;
     if (gives_up(c, call, patience, headers, full ? -1 : lane)) return false;
   }
