@@ -100,7 +100,7 @@ LaunchShape all_reduce_shape(Op op, DType dtype, std::int64_t count, int world, 
   int threads = kPullThreads;
   if (op == Op::kOneShotPush) {
     threads = kMinPushThreads;
-    while (threads < max_push_threads(world) && std::int64_t(threads) * most < vectors) threads *= 2;
+    while (threads < max_push_threads(world) && kPushedVectors * std::int64_t(threads) * most < vectors) threads *= 2;
   }
   const std::int64_t work = op == Op::kTwoShotPull ? ceil_div(vectors, world) : vectors;
   return LaunchShape{static_cast<int>(std::min<std::int64_t>(ceil_div(work, threads), most)), threads};

@@ -92,10 +92,10 @@ __device__ __forceinline__ void fail(const CommView& c, Call& call, Failure why,
   call.reporter = report(c, call.epoch, call.header, why, peer, theirs) || call.reporter;
 }
 
-// Tells `peer` what this rank is doing. One block sends, before its first data. The release orders what the calls
-// before this one did (reading slots and clearing them) before what the peer does once it has seen the header.
+// Tells `peer` what this rank is doing. One block sends, before its first data. It follows what the calls before this
+// one did, reading slots and clearing them: a peer that has seen it may write those slots.
 __device__ __forceinline__ void send_header(const CommView& c, const Call& call, int peer) {
-  store_release_sys(header_at(c, peer, call.epoch, c.rank), call.header);
+  store_relaxed_sys(header_at(c, peer, call.epoch, c.rank), call.header);
 }
 
 // The headers of a call as a warp sees them, lane r that of rank r. All are seen before a warp writes output.
@@ -106,7 +106,7 @@ class Headers {
         mine_(call.header),
         agreed_(threadIdx.x % kWarp >= c.world || threadIdx.x % kWarp == c.rank) {}
   __device__ __forceinline__ void look() {
-    if (!agreed_) agreed_ = (theirs_ = load_acquire_sys(slot_)) == mine_;
+    if (!agreed_) agreed_ = (theirs_ = load_relaxed_sys(slot_)) == mine_;
   }
   __device__ __forceinline__ bool agreed() const { return agreed_; }
   __device__ __forceinline__ bool differs(const Call& call) const {
@@ -134,14 +134,20 @@ __device__ __forceinline__ bool gives_up(const CommView& c, Call& call, Patience
   return true;
 }
 
-// All blocks of number blockIdx.x, one a rank, meet: what their threads wrote or read before is done for all threads
-// after. The first warp signals, the second one exchanges headers in the first phase. False for the whole block if a
-// wait failed. A signal is the call's number from 1 on, so that a new workspace holds none.
-__device__ __forceinline__ bool meet(const CommView& c, Call& call, int phase, bool good) {
-  __syncthreads();  // joins the threads' accesses to the release below
+// All blocks of number blockIdx.x, one a rank, meet: what their threads have read is done for all threads after, and,
+// for those who come with `wrote`, what they wrote in this call. The first warp signals, the second one exchanges
+// headers in the first phase. False for the whole block if a wait failed. A signal is the call's number from 1 on, so
+// that a new workspace holds none.
+__device__ __forceinline__ bool meet(const CommView& c, Call& call, int phase, bool wrote, bool good) {
+  __syncthreads();  // joins the threads' accesses to the signal below
   const int warp = threadIdx.x / kWarp, peer = threadIdx.x % kWarp;
   if (good && warp == 0 && peer < c.world) {
-    store_release_sys(signal_at(c, peer, phase, blockIdx.x, c.rank), call.epoch + 1);
+    std::uint32_t* theirs = signal_at(c, peer, phase, blockIdx.x, c.rank);
+    if (wrote) {
+      store_release_sys(theirs, call.epoch + 1);
+    } else {
+      store_relaxed_sys(theirs, call.epoch + 1);
+    }
     const std::uint32_t* own = signal_at(c, c.rank, phase, blockIdx.x, peer);
     Patience patience(c);
     while (good && static_cast<std::int32_t>(load_acquire_sys(own) - (call.epoch + 1)) < 0) good = !patience.over();

@@ -21,7 +21,7 @@ enum Phase : int { kStart = 0, kMiddle = 1, kEnd = 2 };
 template <typename T, int kWorld>
 struct Pull {
   static constexpr int kRanks = kWorld == 2 ? 2 : kMaxRanks;
-  static constexpr int kAtOnce = kWorld == 2 ? kPulledVectorsOfTwo : 1;  // vectors of each rank on their way
+  static constexpr int kAtOnce = kWorld == 2 ? 2 : 1;  // vectors of each rank on their way
 
   const AllReduceParams& p;
   const CommView& c;
@@ -52,7 +52,7 @@ struct Pull {
       }
     }
     advance_epoch(c, call);
-    good = meet(c, call, kStart, good && !call.failed);
+    good = meet(c, call, kStart, p.copy_in, good && !call.failed);
   }
 
   // Where each rank's input is read. False, with the failure noted, if the call was never registered.
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kPullThreads) one_shot_pull(const __grid_const
       }
     });
   }
-  pull.good = meet(pull.c, pull.call, kEnd, pull.good);
+  pull.good = meet(pull.c, pull.call, kEnd, false, pull.good);
   if (pull.good && through_staging) {
     for (std::uint32_t i = pull.first; i < pull.vectors; i += pull.step)
       store_vector<T>(p.output, p.count, i, pull.staging[i]);
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kPullThreads) two_shot_pull(const __grid_const
     pull.sum(begin, min(begin + pull.chunk, pull.vectors),
              [&](std::uint32_t i, const uint4& sum) { pull.staging[i] = sum; });
   }
-  pull.good = meet(pull.c, pull.call, kMiddle, pull.good);
+  pull.good = meet(pull.c, pull.call, kMiddle, true, pull.good);
   if (pull.good) {
     constexpr int kRanks = Pull<T, kWorld>::kRanks;
 #pragma unroll 2
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kPullThreads) two_shot_pull(const __grid_const
       }
     }
   }
-  pull.good = meet(pull.c, pull.call, kEnd, pull.good);
+  pull.good = meet(pull.c, pull.call, kEnd, false, pull.good);
   pull.end();
 }
 

@@ -53,12 +53,10 @@ __device__ __forceinline__ uint4 sum_in_order(const CommView& c, const uint4& mi
   return pack<T>(sum);
 }
 
-// kWorld: 2, or 0 for any number of ranks. Where peers are many, a thread has few vectors of each on their way.
+// kWorld: 2, or 0 for any number of ranks.
 template <typename T, int kWorld>
 __global__ void __launch_bounds__(max_push_threads(kWorld)) one_shot_push(const __grid_constant__ AllReduceParams p) {
   using P = Peers<kWorld>;
-  constexpr int kSlots = P::kSlots;
-  constexpr int kHeld = kWorld == 2 ? kHeldVectorsOfTwo : 1;
   const CommView& c = p.comm;
   const int world = kWorld == 2 ? 2 : c.world;
   const int lane = threadIdx.x % kWarp;
@@ -68,27 +66,19 @@ __global__ void __launch_bounds__(max_push_threads(kWorld)) one_shot_push(const 
   wait_for_previous_grid();
   let_next_grid_start();
   Call call = begin_call(c, p.call);
-  uint4 own[kHeld];  // on their way while the epoch is
-#pragma unroll
-  for (int h = 0; h < kHeld; ++h) {
-    if (first + h * step < vectors) own[h] = load_vector<T>(p.input, p.count, first + h * step);
-  }
+  uint4 own = make_uint4(0, 0, 0, 0);  // a thread's first vector: on its way while the epoch is
+  if (first < vectors) own = load_vector<T>(p.input, p.count, first);
 
   if (!call.failed) {
     if (blockIdx.x == 0 && threadIdx.x < world && threadIdx.x != c.rank) send_header(c, call, threadIdx.x);
 #pragma unroll 1
-    for (std::uint32_t base = first; base < vectors; base += kHeld * step) {
+    for (std::uint32_t i = first; i < vectors; i += step) {
+      const uint4 mine = without_empty<T>(i == first ? own : load_vector<T>(p.input, p.count, i));
 #pragma unroll
-      for (int h = 0; h < kHeld; ++h) {
-        const std::uint32_t i = base + h * step;
-        if (i >= vectors) continue;
-        const uint4 mine = without_empty<T>(base == first ? own[h] : load_vector<T>(p.input, p.count, i));
-#pragma unroll
-        for (int hop = 1; hop < (kWorld == 2 ? 2 : kMaxRanks); ++hop) {  // from the next rank on, so that ranks do not all write to one
-          if (hop >= world) continue;
-          const int peer = c.rank + hop < world ? c.rank + hop : c.rank + hop - world;
-          store_relaxed_sys(reinterpret_cast<uint4*>(push_slot(c, peer, call.epoch, c.rank)) + i, mine);
-        }
+      for (int hop = 1; hop < (kWorld == 2 ? 2 : kMaxRanks); ++hop) {  // from the next rank on: not all write to one
+        if (hop >= world) continue;
+        const int peer = c.rank + hop < world ? c.rank + hop : c.rank + hop - world;
+        store_relaxed_sys(reinterpret_cast<uint4*>(push_slot(c, peer, call.epoch, c.rank)) + i, mine);
       }
     }
   }
@@ -97,52 +87,33 @@ __global__ void __launch_bounds__(max_push_threads(kWorld)) one_shot_push(const 
   const auto slot = [&](int q) {
     return reinterpret_cast<uint4*>(push_slot(c, c.rank, call.epoch, P::rank(c, q)));
   };
-  bool good = !call.failed;
   Headers headers(c, call);
   Patience patience(c);
+  bool good = !call.failed;
 #pragma unroll 1
-  for (std::uint32_t base = first; good && base - lane < vectors; base += kHeld * step) {
-    uint4 v[kHeld][kSlots];
-    std::uint32_t missing = 0;  // bit h * kSlots + q: vector h of peer q
-#pragma unroll
-    for (int h = 0; h < kHeld; ++h) {
-      if (base + h * step < vectors) missing |= P::mask(c) << h * kSlots;
-    }
+  for (std::uint32_t i = first; good && i - lane < vectors; i += step) {
+    uint4 v[P::kSlots];
+    std::uint32_t missing = i < vectors ? P::mask(c) : 0;  // a bit for each slot
     while (true) {
 #pragma unroll
-      for (int h = 0; h < kHeld; ++h) {
-#pragma unroll
-        for (int q = 0; q < kSlots; ++q) {  // all loads first: they are in flight together
-          if (missing >> (h * kSlots + q) & 1) v[h][q] = load_relaxed_sys(slot(q) + base + h * step);
-        }
+      for (int q = 0; q < P::kSlots; ++q) {  // all loads first: they are in flight together
+        if (missing >> q & 1) v[q] = load_relaxed_sys(slot(q) + i);
       }
-      headers.look();  // beside the data: an acquire holds back what comes after it
+      headers.look();
 #pragma unroll
-      for (int h = 0; h < kHeld; ++h) {
-#pragma unroll
-        for (int q = 0; q < kSlots; ++q) {
-          const std::uint32_t bit = 1u << (h * kSlots + q);
-          if ((missing & bit) && is_full(v[h][q])) missing &= ~bit;
-        }
+      for (int q = 0; q < P::kSlots; ++q) {
+        if ((missing >> q & 1) && is_full(v[q])) missing &= ~(1u << q);
       }
       if (__all_sync(kFullWarp, missing == 0 && headers.agreed())) break;
-      const int absent = missing != 0 ? P::rank(c, (__ffs(missing) - 1) % kSlots) : -1;
-      if (gives_up(c, call, patience, headers, absent)) {
-        good = false;
-        break;
-      }
+      good = !gives_up(c, call, patience, headers, missing != 0 ? P::rank(c, __ffs(missing) - 1) : -1);
+      if (!good) break;
     }
-    if (!good) break;
+    if (!good || i >= vectors) continue;
+    const uint4 mine = i == first ? own : load_vector<T>(p.input, p.count, i);
+    store_vector<T>(p.output, p.count, i, sum_in_order<T, kWorld>(c, mine, v));
 #pragma unroll
-    for (int h = 0; h < kHeld; ++h) {
-      const std::uint32_t i = base + h * step;
-      if (i >= vectors) continue;
-      const uint4 mine = base == first ? own[h] : load_vector<T>(p.input, p.count, i);
-      store_vector<T>(p.output, p.count, i, sum_in_order<T, kWorld>(c, mine, v[h]));
-#pragma unroll
-      for (int q = 0; q < kSlots; ++q) {
-        if (P::mask(c) >> q & 1) slot(q)[i] = make_uint4(0, 0, 0, 0);
-      }
+    for (int q = 0; q < P::kSlots; ++q) {
+      if (P::mask(c) >> q & 1) store_relaxed_sys(slot(q) + i, make_uint4(0, 0, 0, 0));
     }
   }
   end_call(c, call, [&](std::uint32_t from, std::uint32_t by) {

@@ -9,14 +9,13 @@
 
 namespace extend_attn {
 
-// Threads a block. A push takes as few as give each thread one vector, and more only where the blocks are used up.
+// Threads a block. A push takes as few as give each thread at most two vectors. Two ranks, which need few registers, may
+// have more.
 constexpr int kMinPushThreads = 128;
+constexpr int kPushedVectors = 2;
 constexpr int max_push_threads(int world) { return world == 2 ? 1024 : 512; }
 constexpr int kPullThreads = 512;
 constexpr int kNormThreads = 256;
-// Vectors of 16 bytes that a thread has on their way at once, between two ranks.
-constexpr int kHeldVectorsOfTwo = 4;
-constexpr int kPulledVectorsOfTwo = 4;
 
 // The inputs of one captured call: where each rank's lies as mapped here. Filled when capture() is left; null before.
 struct InputSlot {

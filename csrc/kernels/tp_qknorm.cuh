@@ -181,7 +181,8 @@ __global__ void __launch_bounds__(kNormThreads) tp_qknorm(const __grid_constant_
     team.sync();  // every warp has read the slots: the first may clear them
     if (!good) continue;
     if (team.thread < c.world) {
-      reinterpret_cast<uint2*>(push_slot(c, c.rank, call.epoch, team.thread))[token] = make_uint2(0, 0);
+      store_relaxed_sys(reinterpret_cast<uint2*>(push_slot(c, c.rank, call.epoch, team.thread)) + token,
+                        make_uint2(0, 0));
     }
     const float q_factor = rsqrtf(total.x / q_width + p.eps), k_factor = rsqrtf(total.y / k_width + p.eps);
     const TokenRow<T> row(p, token);
