@@ -157,6 +157,7 @@ def test_a_norm_needs_its_share_of_the_push_buffer(module):
         ((2, 2, 16, 16, 1), "rank: got 2 of 2"),
         ((0, 2, 8, 16, 1), "max_bytes: got 8"),
         ((0, 2, 16, 8, 1), "max_push_bytes: got 8"),
+        ((0, 2, (16 << 30) + 1, 16, 1), "max_bytes: got 17179869185; from 16 bytes to 16 GiB"),
         ((0, 2, 16, 16, 0), "timeout_s"),
     ],
 )

@@ -12,7 +12,8 @@ namespace extend_attn {
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr unsigned kLooksBetweenChecks = 64;  // the clock and the flag of other threads are looked at this often
 
-// How long a thread goes on looking for something: until the timeout after its first check, or another thread's failure.
+// How long a thread goes on looking for something: until the timeout after its first check, or another thread's
+// failure.
 class Patience {
  public:
   __device__ explicit Patience(const CommView& c) : c_(c) {}

@@ -18,8 +18,9 @@ namespace extend_attn {
 
 constexpr int kMinRanks = 2;
 constexpr int kMaxRanks = 8;
-constexpr int kEpochs = 2;       // a slot is written again two calls later, after every peer has shown that it read it
+constexpr std::uint64_t kMaxMessageBytes = std::uint64_t(16) << 30;  // kernels count vectors in 32 bits
 constexpr int kWarp = 32;
+constexpr int kEpochs = 2;       // a slot is written again two calls later, after every peer has shown that it read it
 constexpr int kMaxBlocks = 160;  // of a call; in a pull each has signals of its own
 constexpr int kPhases = 3;       // start, middle, end of a pull
 

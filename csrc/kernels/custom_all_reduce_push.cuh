@@ -84,9 +84,7 @@ __global__ void __launch_bounds__(max_push_threads(kWorld)) one_shot_push(const 
   }
   advance_epoch(c, call);
 
-  const auto slot = [&](int q) {
-    return reinterpret_cast<uint4*>(push_slot(c, c.rank, call.epoch, P::rank(c, q)));
-  };
+  const auto slot = [&](int q) { return reinterpret_cast<uint4*>(push_slot(c, c.rank, call.epoch, P::rank(c, q))); };
   Headers headers(c, call);
   Patience patience(c);
   bool good = !call.failed;

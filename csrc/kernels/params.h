@@ -9,8 +9,8 @@
 
 namespace extend_attn {
 
-// Threads a block. A push takes as few as give each thread at most two vectors. Two ranks, which need few registers, may
-// have more.
+// Threads a block. A push takes as few as give each thread at most two vectors. Two ranks, which need few registers,
+// may have more.
 constexpr int kMinPushThreads = 128;
 constexpr int kPushedVectors = 2;
 constexpr int max_push_threads(int world) { return world == 2 ? 1024 : 512; }
