@@ -15,7 +15,7 @@ from extend_attn.bench.collectives import tasks
 from extend_attn.bench.collectives.arithmetic import LARGEST, PUBLISHED_US, SMALLEST, bus_bandwidth, sizes_named
 from extend_attn.bench.collectives.report import report
 from extend_attn.bench.collectives.shapes import MODELS
-from extend_attn.bench.collectives.table_rows import describe, merge, rows_of, thresholds
+from extend_attn.bench.collectives.table_rows import describe, merge, rows_of, thresholds, told_apart
 from extend_attn.bench.providers.base import OWN
 from extend_attn.comm.policy import MODES, Policy, Threshold
 
@@ -82,6 +82,13 @@ def test_a_push_ends_where_it_was_measured():
     assert thresholds({4096: us(push=3)}, virtual=True)[-1] == Threshold(None, "two_shot_pull")
     assert thresholds({16 * MIB: us(push=3, pull=4)}) == (Threshold(None, "one_shot_pull"),)  # too much memory
     assert thresholds({}) == thresholds({16 * MIB: us(push=3)}) == ()
+
+
+def test_eager_calls_that_the_launch_decides_follow_the_replayed_times():
+    eager = {8 * KIB: us(push=17.6, pull=17.1, nccl=35), MIB: us(push=40, pull=20)}
+    graph = {8 * KIB: us(push=2.5, pull=6), MIB: us(push=40, pull=20)}
+    assert [one.algo for one in thresholds(told_apart(eager, graph))] == ["one_shot_push", "one_shot_pull"]
+    assert told_apart(eager, {}) == eager
 
 
 def line(nbytes, provider, algo, us, mode="graph", **more):
