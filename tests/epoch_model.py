@@ -1,7 +1,8 @@
 """A model of the protocol in csrc/comm/signal.cuh, small enough to try every order in which things can happen.
 
 Each block of each rank is a list of steps; a store travels on its own and lands at any later moment, in any order,
-except that a release lands after all that its block stored before. ``explore`` visits every state that any interleaving
+except that what a call stored lands before anything that its rank stores in a later one (its kernel has ended), and a
+release after all that its block stored before. ``explore`` visits every state that any interleaving
 reaches and raises Violation if a slot is overwritten before it was read, a wrong value is read, or all blocks wait for
 ever.
 """
@@ -26,7 +27,8 @@ class Protocol:
 
     epochs: int = 2
     end_barrier: bool = True  # a pull ends with a meeting
-    release_orders: bool = True  # a release lands after its block's earlier stores
+    calls_end: bool = True  # what a call stored lands before what its rank's next call stores
+    release_orders: bool = True  # the release of a start lands after its block's earlier stores
     clears: bool = True  # a reader empties the slot
 
 
@@ -36,7 +38,7 @@ class State:
     flights: Tuple[Tuple[int, int, int, Cell, Value], ...]  # (rank, block, call, cell, value) on their way
     where: Tuple[Tuple[int, ...], ...]  # [rank][block] step in the rank's call
     call: Tuple[int, ...]  # [rank]
-    epoch: Tuple[int, ...]  # [rank], in device memory: read first, advanced last
+    epoch: Tuple[int, ...]  # [rank], in device memory: what a call has read, until all its blocks are through
 
 
 def steps_of(op: str, block: int, protocol: Protocol) -> List[str]:
@@ -82,12 +84,12 @@ class Model:
         return at < len(program) and program[at].startswith(("header", "push", "clear", "stage", "signal", "done"))
 
     def _held_back(self, flights, number: int) -> bool:
-        """A release waits for the stores of its block, and those of its rank's earlier calls: a kernel ended between.
-        Stores to one cell keep their order."""
+        """Behind stores of its rank's earlier calls; a release, of its block; any, behind one to its cell."""
         rank, block, call, cell, _ = flights[number]
-        release = cell[1] in ("header", "start", "end") and self.protocol.release_orders
+        release = cell[1] == "start" and self.protocol.release_orders
         return any(
-            r == rank and (c == cell or release and (b == block or k < call)) for r, b, k, c, _ in flights[:number]
+            r == rank and (c == cell or (k < call and self.protocol.calls_end) or (release and b == block))
+            for r, b, k, c, _ in flights[:number]
         )
 
     def _land(self, state: State, memory: Dict[Cell, Value], number: int) -> State:
@@ -163,7 +165,7 @@ class Model:
         return self._advance(self._with(state, memory=memory, flights=tuple(flights)), rank, block)
 
     def _advance(self, state: State, rank: int, block: int) -> State:
-        """To the next step; the last block through advances the epoch, and the next call may begin."""
+        """To the next step. After the last block's last one the next call may begin, with the next epoch."""
         where = [list(row) for row in state.where]
         where[rank][block] += 1
         call, epoch = list(state.call), list(state.epoch)

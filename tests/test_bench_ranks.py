@@ -47,12 +47,15 @@ def test_a_run_of_two_processes(tmp_path, capsys):
         data = results.load(str(tmp_path / f"run-{kind}.json"))
         assert data["kind"] == kind and data["ceilings"]["link"] == "cpu"
         measured = {(one["provider"], one["algo"]) for one in data["results"]}
-        assert measured == {
-            "all_reduce": {("gloo", "gloo")},
-            "qknorm": {("gloo", "two_all_reduces"), ("gloo", "all_gather")},
-            "step": {("gloo", "gloo"), ("none", "none")},
-            "capture": set(),
-        }[kind]
+        assert (
+            measured
+            == {
+                "all_reduce": {("gloo", "gloo")},
+                "qknorm": {("gloo", "two_all_reduces"), ("gloo", "all_gather")},
+                "step": {("gloo", "gloo"), ("none", "none")},
+                "capture": set(),
+            }[kind]
+        )
         for one in data["results"]:
             assert one["us"] > 0 and one["world"] == 2 and one["mode"] == "eager"
         assert all("GPU" in one["reason"] for one in data["skipped"])

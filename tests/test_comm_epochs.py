@@ -17,7 +17,7 @@ def test_two_ranks_four_calls(ops):
 
 @pytest.mark.parametrize("ops", [("push", "push"), ("push", "pull"), ("pull", "norm"), ("pull", "pull")], ids="-".join)
 def test_two_blocks(ops):
-    """The header is one block's, and the last block through advances the epoch."""
+    """The header is one block's, and the next call begins when all blocks are through."""
     explore(Model(ops, blocks=2))
 
 
@@ -31,10 +31,10 @@ def test_three_ranks():
         (Protocol(epochs=1), ("push",) * 3, "holds|loses|takes|sees|wait"),
         (Protocol(end_barrier=False), ("pull",) * 2, "reads"),
         (Protocol(release_orders=False), ("pull",), "reads"),
-        (Protocol(release_orders=False), ("push",) * 4, "holds|loses"),
+        (Protocol(calls_end=False), ("push",) * 4, "holds|loses"),
         (Protocol(clears=False), ("push",) * 3, "holds|takes"),
     ],
-    ids=["one epoch", "pull without end", "pull without release", "push without release", "no clearing"],
+    ids=["one epoch", "pull without end", "pull without release", "calls that overlap", "no clearing"],
 )
 def test_the_model_notices_a_broken_rule(broken, ops, what):
     with pytest.raises(Violation, match=what):

@@ -342,6 +342,22 @@ def test_no_dependent_launch(monkeypatch):
     ranks.close()
 
 
+@pytest.mark.parametrize("algo", ALGOS)
+def test_the_first_call_waits_as_later_ones_do(algo):
+    """A new workspace holds no signal that could pass for one of call 0."""
+    ranks = Ranks(4, **PATIENT)
+    every = normals(4, 70_001, torch.float32, seed=1)
+    outs = poisoned_like(every)
+    for comm in ranks.comms:
+        comm._core.set_jitter_ns(300_000)
+    ranks.wait()
+    ranks.each(lambda comm, x, out: comm.all_reduce(x, out=out, algo=algo), every, outs)
+    ranks.check()
+    for out in outs:
+        assert_same_bits(out, expected_sum(every))
+    ranks.close()
+
+
 @pytest.mark.parametrize("world", [2, 8])
 def test_delays_change_nothing(world):
     """Each block stalls at random, so that ranks and blocks overtake each other in all ways."""

@@ -61,15 +61,24 @@ def test_an_old_header_is_told_from_a_new_one(module, epoch):
     assert module.is_of_epoch(module.pack_header(PUSH, BF16, 1, new), epoch)
 
 
-@pytest.mark.parametrize("op, threads", [(PUSH, 288), (PULL, 512), (TWO_SHOT, 512)])
-def test_launch_shape(module, op, threads):
+@pytest.mark.parametrize("op", [PUSH, PULL, TWO_SHOT])
+def test_launch_shape(module, op):
     """One block for little, never more than fit, and only what the header shows decides."""
     for world in (2, 3, 8):
-        assert module.all_reduce_shape(op, BF16, 1, world, 64) == (1, threads)
-        assert module.all_reduce_shape(op, BF16, 1 << 30, world, 64) == (64, threads)
-        assert module.all_reduce_shape(op, BF16, 1 << 30, world, 1000)[0] == 128
-        blocks = [module.all_reduce_shape(op, FP32, n, world, 64)[0] for n in range(1, 200_000, 777)]
-        assert blocks == sorted(blocks) and blocks[-1] > 1
+        least, most = (128, 1024 if world == 2 else 512) if op == PUSH else (512, 512)
+        assert module.all_reduce_shape(op, BF16, 1, world, 64) == (1, least)
+        assert module.all_reduce_shape(op, BF16, 1 << 30, world, 64) == (64, most)
+        assert module.all_reduce_shape(op, BF16, 1 << 30, world, 1000)[0] == 160
+        shapes = [module.all_reduce_shape(op, FP32, n, world, 64) for n in range(1, 200_000, 777)]
+        threads = [blocks * threads for blocks, threads in shapes]
+        assert threads == sorted(threads) and shapes[-1][0] > 1
+
+
+def test_a_push_gives_each_thread_at_most_two_vectors_while_it_can(module):
+    assert module.all_reduce_shape(PUSH, BF16, 8 * 1024, 2, 132) == (8, 128)
+    assert module.all_reduce_shape(PUSH, BF16, 8 * 132 * 128, 2, 132) == (132, 128)
+    assert module.all_reduce_shape(PUSH, BF16, 8 * 132 * 200, 2, 132) == (132, 128)
+    assert module.all_reduce_shape(PUSH, BF16, 8 * 132 * 600, 2, 132) == (132, 512)
 
 
 def test_two_shots_share_the_work(module):
@@ -79,10 +88,10 @@ def test_two_shots_share_the_work(module):
 
 def test_qknorm_shape(module):
     """Narrow rows take a warp each, wide ones a block."""
-    assert module.qknorm_shape(BF16, 1, 128, 64, 64) == (1, 288, 1)
-    assert module.qknorm_shape(BF16, 16_384, 128, 64, 64) == (64, 288, 1)
-    assert module.qknorm_shape(BF16, 5, 3072, 512, 64) == (5, 288, 8)
-    assert module.qknorm_shape(FP32, 9, 256, 64, 64) == (3, 288, 2)
+    assert module.qknorm_shape(BF16, 1, 128, 64, 64) == (1, 256, 1)
+    assert module.qknorm_shape(BF16, 16_384, 128, 64, 64) == (64, 256, 1)
+    assert module.qknorm_shape(BF16, 5, 3072, 512, 64) == (5, 256, 8)
+    assert module.qknorm_shape(FP32, 9, 256, 64, 64) == (3, 256, 2)
 
 
 def test_bad_all_reduce(module):
@@ -148,6 +157,7 @@ def test_a_norm_needs_its_share_of_the_push_buffer(module):
         ((2, 2, 16, 16, 1), "rank: got 2 of 2"),
         ((0, 2, 8, 16, 1), "max_bytes: got 8"),
         ((0, 2, 16, 8, 1), "max_push_bytes: got 8"),
+        ((0, 2, (16 << 30) + 1, 16, 1), "max_bytes: got 17179869185; from 16 bytes to 16 GiB"),
         ((0, 2, 16, 16, 0), "timeout_s"),
     ],
 )

@@ -57,8 +57,8 @@ def test_calls(world):
 
 
 def test_graphs():
-    """Inputs in torch's default segments are registered and read through IPC."""
-    assert [rank["copied"] for rank in run("graphs")] == [False, False]
+    """Inputs in torch's default segments are registered, by one exchange of handles a capture, and read through IPC."""
+    assert [(rank["copied"], rank["exchanges"]) for rank in run("graphs")] == [(False, 2)] * 2
 
 
 @pytest.mark.parametrize("allocator", ["expandable_segments:True", "backend:cudaMallocAsync"])

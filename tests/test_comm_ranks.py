@@ -186,6 +186,21 @@ def test_slots_hold_base_plus_offset():
     assert list(comms[0]._kept) == [1], "one tensor keeps an allocation alive"
 
 
+def test_a_capture_is_one_exchange():
+    """However many graphs and calls it holds."""
+    hub = Hub(2)
+    comms = [communicator(Elsewhere(hub, rank)) for rank in range(2)]
+    x = torch.zeros(4)
+    for comm in comms:
+        comm._export = lambda address: (b"7", 0, 1)
+        with comm.capture():
+            for call in range(60 * 64):
+                comm._capture.note(("all_reduce", "one_shot_pull", call))
+                comm._capture.register(x)
+    assert [comm.handle_exchanges for comm in comms] == [1, 1]
+    assert len(comms[0]._core.filled) == 60 * 64
+
+
 def test_captures_do_not_nest_and_end_once():
     comm = communicator(sides()[0])
     with comm.capture():

@@ -96,23 +96,27 @@ void check_call(const QkNormCall& call, const ControllerOptions& options) {
 
 LaunchShape all_reduce_shape(Op op, DType dtype, std::int64_t count, int world, int max_blocks) {
   const std::int64_t vectors = ceil_div(count * element_bytes(dtype), kVectorBytes);
-  const int threads = op == Op::kOneShotPush ? kPushThreads : kPullThreads;
+  const int most = std::min(max_blocks, kMaxBlocks);
+  int threads = kPullThreads;
+  if (op == Op::kOneShotPush) {
+    threads = kMinPushThreads;
+    while (threads < max_push_threads(world) && kPushedVectors * std::int64_t(threads) * most < vectors) threads *= 2;
+  }
   const std::int64_t work = op == Op::kTwoShotPull ? ceil_div(vectors, world) : vectors;
-  const auto blocks = std::min<std::int64_t>(ceil_div(work, threads), std::min(max_blocks, kMaxBlocks));
-  return LaunchShape{static_cast<int>(blocks), op == Op::kOneShotPush ? threads + kWarp : threads};
+  return LaunchShape{static_cast<int>(std::min<std::int64_t>(ceil_div(work, threads), most)), threads};
 }
 
 int team_warps(DType dtype, std::int64_t q_width, std::int64_t k_width) {
   const std::int64_t vectors = ceil_div((q_width + k_width) * element_bytes(dtype), kVectorBytes);
   int warps = 1;
-  while (warps < kPushThreads / kWarp && warps * kWarp * kVectorsPerThread < vectors) warps *= 2;
+  while (warps < kNormThreads / kWarp && warps * kWarp * kVectorsPerThread < vectors) warps *= 2;
   return warps;
 }
 
 LaunchShape qknorm_shape(DType dtype, std::int64_t tokens, std::int64_t q_width, std::int64_t k_width, int max_blocks) {
-  const int teams = kPushThreads / kWarp / team_warps(dtype, q_width, k_width);
+  const int teams = kNormThreads / kWarp / team_warps(dtype, q_width, k_width);
   const auto blocks = std::min<std::int64_t>(ceil_div(tokens, teams), std::min(max_blocks, kMaxBlocks));
-  return LaunchShape{static_cast<int>(blocks), kPushThreads + kWarp};
+  return LaunchShape{static_cast<int>(blocks), kNormThreads};
 }
 
 void launch(Controller& controller, const AllReduceCall& call, const LaunchOptions& options, cudaStream_t stream) {
@@ -129,9 +133,10 @@ void launch(Controller& controller, const AllReduceCall& call, const LaunchOptio
   params.slot = call.slot < 0 ? nullptr : static_cast<const InputSlot*>(controller.slot_address(call.slot));
   params.copy_in = call.copy_in;
   const KernelSet& set = kernels_of(call.dtype);
-  const void* kernel = call.op == Op::kOneShotPush   ? set.one_shot_push
-                       : call.op == Op::kOneShotPull ? set.one_shot_pull
-                                                     : set.two_shot_pull;
+  const auto& kernels = call.op == Op::kOneShotPush   ? set.one_shot_push
+                        : call.op == Op::kOneShotPull ? set.one_shot_pull
+                                                      : set.two_shot_pull;
+  const void* kernel = kernels[o.world == 2 ? 0 : 1];
   launch_kernel(kernel, "all-reduce", params,
                 all_reduce_shape(call.op, call.dtype, call.count, o.world, options.max_blocks),
                 options.dependent_launch, stream);
@@ -164,27 +169,25 @@ void launch(Controller& controller, const QkNormCall& call, const LaunchOptions&
                 options.dependent_launch, stream);
 }
 
-int load_kernels(DType dtype) {
+int load_kernels(DType dtype, int world) {
   const KernelSet& set = kernels_of(dtype);
-  check_argument(set.one_shot_push != nullptr, "dtypes",
+  check_argument(set.tp_qknorm != nullptr, "dtypes",
                  "this build of the module lacks type " + std::to_string(static_cast<int>(dtype)));
   int device = 0, processors = 0, fewest = 1 << 30;
   EXTEND_ATTN_CUDA_CHECK(cudaGetDevice(&device));
   EXTEND_ATTN_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  const struct {
-    const void* kernel;
-    int threads;
-  } kernels[] = {{set.one_shot_push, kPushThreads + kWarp},
-                 {set.one_shot_pull, kPullThreads},
-                 {set.two_shot_pull, kPullThreads},
-                 {set.tp_qknorm, kPushThreads + kWarp}};
-  for (const auto& k : kernels) {
+  const auto load = [&](const void* kernel, int threads) {
     cudaFuncAttributes attributes{};
-    EXTEND_ATTN_CUDA_CHECK(cudaFuncGetAttributes(&attributes, k.kernel));  // loads it
+    EXTEND_ATTN_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));  // loads it
     int resident = 0;
-    EXTEND_ATTN_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, k.kernel, k.threads, 0));
+    EXTEND_ATTN_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, 0));
     fewest = std::min(fewest, resident * processors);
-  }
+  };
+  const int which = world == 2 ? 0 : 1;
+  load(set.one_shot_push[which], max_push_threads(world));
+  load(set.one_shot_pull[which], kPullThreads);
+  load(set.two_shot_pull[which], kPullThreads);
+  load(set.tp_qknorm, kNormThreads);
   return fewest;
 }
 

@@ -50,8 +50,8 @@ struct LaunchOptions {
 void launch(Controller& controller, const AllReduceCall& call, const LaunchOptions& options, cudaStream_t stream);
 void launch(Controller& controller, const QkNormCall& call, const LaunchOptions& options, cudaStream_t stream);
 
-// Loads every kernel of a type on the current device, so that no call does, and gives the fewest blocks of one kernel
-// that the device holds at once. ValueError if the module was built without the type.
-int load_kernels(DType dtype);
+// Loads every kernel of a type for `world` ranks on the current device, so that no call does, and gives the fewest
+// blocks of one kernel that the device holds at once. ValueError if the module was built without the type.
+int load_kernels(DType dtype, int world);
 
 }  // namespace extend_attn

@@ -97,7 +97,7 @@ void bind_communicator(py::module_& m) {
           "load_kernels",
           [](const Communicator& c, int dtype) {
             const DeviceGuard guard(c.controller.options().device);
-            return load_kernels(as_dtype(dtype));
+            return load_kernels(as_dtype(dtype), c.controller.options().world);
           },
           py::arg("dtype"),
           "Loads every kernel of a type; the fewest blocks of one kernel that the device holds at once.")
@@ -105,7 +105,7 @@ void bind_communicator(py::module_& m) {
           "max_blocks", [](const Communicator& c) { return c.launching.max_blocks; },
           [](Communicator& c, int blocks) {
             check_argument(blocks >= 1 && blocks <= kMaxBlocks, "max_blocks",
-                           "got " + std::to_string(blocks) + "; 1 to 128");
+                           "got " + std::to_string(blocks) + "; 1 to " + std::to_string(kMaxBlocks));
             c.launching.max_blocks = blocks;
           })
       .def_property_readonly("dependent_launch", [](const Communicator& c) { return c.launching.dependent_launch; })

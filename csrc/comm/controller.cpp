@@ -23,9 +23,12 @@ void check_options(const ControllerOptions& o) {
       "got " + std::to_string(o.world) + "; the kernels serve 2 to 8 ranks (use torch.distributed.all_reduce)");
   check_argument(o.rank >= 0 && o.rank < o.world, "rank",
                  "got " + std::to_string(o.rank) + " of " + std::to_string(o.world));
-  check_argument(o.max_bytes >= kVectorBytes, "max_bytes", "got " + std::to_string(o.max_bytes) + "; at least 16");
-  check_argument(o.max_push_bytes >= kVectorBytes, "max_push_bytes",
-                 "got " + std::to_string(o.max_push_bytes) + "; at least 16");
+  const auto check_room = [](const char* name, std::uint64_t bytes) {
+    check_argument(bytes >= kVectorBytes && bytes <= kMaxMessageBytes, name,
+                   "got " + std::to_string(bytes) + "; from 16 bytes to 16 GiB");
+  };
+  check_room("max_bytes", o.max_bytes);
+  check_room("max_push_bytes", o.max_push_bytes);
   check_argument(o.timeout_ns > 0, "timeout_s", "got 0; it must be positive");
 }
 

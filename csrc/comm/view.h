@@ -18,15 +18,17 @@ namespace extend_attn {
 
 constexpr int kMinRanks = 2;
 constexpr int kMaxRanks = 8;
+constexpr std::uint64_t kMaxMessageBytes = std::uint64_t(16) << 30;  // kernels count vectors in 32 bits
+constexpr int kWarp = 32;
 constexpr int kEpochs = 2;       // a slot is written again two calls later, after every peer has shown that it read it
-constexpr int kMaxBlocks = 128;  // blocks of a pull, each with signals of its own
+constexpr int kMaxBlocks = 160;  // of a call; in a pull each has signals of its own
 constexpr int kPhases = 3;       // start, middle, end of a pull
 
 // Counted by the calls of one rank; equal on all ranks as long as they agree.
 struct State {
-  std::uint32_t epoch;    // read first, advanced last; its parity chooses the slots
+  std::uint32_t epoch;    // read first; its parity chooses the slots
   std::uint32_t failed;   // sticky: later calls leave at once
-  std::uint32_t arrived;  // blocks of the running call that are through
+  std::uint32_t arrived;  // blocks of the running call that have read the epoch
   std::uint32_t unused;
 };
 
@@ -34,7 +36,7 @@ constexpr std::size_t kStateOffset = 0;
 constexpr std::size_t kHeaderOffset = 256;   // u64 [kEpochs][kMaxRanks]
 constexpr std::size_t kProbeOffset = 512;    // u64 [kMaxRanks]
 constexpr std::size_t kSignalOffset = 1024;  // u32 [kPhases][kMaxBlocks][kMaxRanks]
-constexpr std::size_t kPushOffset = 16 * 1024;
+constexpr std::size_t kPushOffset = 32 * 1024;
 static_assert(kSignalOffset + sizeof(std::uint32_t) * kPhases * kMaxBlocks * kMaxRanks <= kPushOffset, "signals fit");
 
 constexpr std::size_t kRegionAlignment = 256;

@@ -16,125 +16,141 @@ namespace extend_attn {
 
 enum Phase : int { kStart = 0, kMiddle = 1, kEnd = 2 };
 
-// Where rank r's input is read. False, with the failure noted, if the call was never registered.
-__device__ __forceinline__ bool find_inputs(const AllReduceParams& p, const Call& call,
-                                            const void* (&input)[kMaxRanks]) {
-  bool known = true;
-#pragma unroll
-  for (int r = 0; r < kMaxRanks; ++r) {
-    if (r >= p.comm.world) continue;
-    input[r] = p.slot ? p.slot->input[r] : staging_of(p.comm, r);
-    known = known && input[r] != nullptr;
-  }
-  if (!known) fail(p.comm, call, Failure::kUnregistered, p.comm.rank, 0);
-  return known;
-}
+// One call of a block, up to the start: who takes part, where inputs are read, and whether all ranks are there. A
+// message is `parts` chunks, and a thread has the same vectors of each.
+template <typename T, int kWorld>
+struct Pull {
+  static constexpr int kRanks = kWorld == 2 ? 2 : kMaxRanks;
+  static constexpr int kAtOnce = kWorld == 2 ? 2 : 1;  // vectors of each rank on their way
 
-template <typename T>
-__device__ __forceinline__ uint4 sum_inputs(const AllReduceParams& p, const void* const (&input)[kMaxRanks],
-                                            std::int64_t i) {
-  uint4 v[kMaxRanks];
-#pragma unroll
-  for (int r = 0; r < kMaxRanks; ++r) {
-    if (r < p.comm.world) v[r] = load_vector<T>(input[r], p.count, i);
-  }
-  float sum[kPerVector<T>] = {};
-#pragma unroll
-  for (int r = 0; r < kMaxRanks; ++r) {
-    if (r < p.comm.world) accumulate<T>(v[r], sum);
-  }
-  return pack<T>(sum);
-}
+  const AllReduceParams& p;
+  const CommView& c;
+  Call call;
+  std::uint32_t vectors, chunk, first, step;
+  uint4* staging;
+  const void* input[kRanks];
+  bool good;
 
-template <typename T>
-__device__ __forceinline__ void end_pull(const AllReduceParams& p, const Call& call, std::int64_t vectors) {
-  finish_call(p.comm, call, [&] {
-    for (std::int64_t i = threadIdx.x; i < vectors; i += blockDim.x)
-      store_vector<T>(p.output, p.count, i, nan_vector());
-  });
-}
+  __device__ __forceinline__ int world() const { return kWorld == 2 ? 2 : c.world; }
 
-template <typename T>
+  __device__ __forceinline__ Pull(const AllReduceParams& params, bool chunks)
+      : p(params),
+        c(params.comm),
+        vectors(static_cast<std::uint32_t>((params.count + kPerVector<T> - 1) / kPerVector<T>)),
+        first(blockIdx.x * blockDim.x + threadIdx.x),
+        step(gridDim.x * blockDim.x),
+        staging(reinterpret_cast<uint4*>(staging_of(params.comm, params.comm.rank))) {
+    const int parts = chunks ? world() : 1;
+    chunk = (vectors + parts - 1) / parts;
+    wait_for_previous_grid();
+    let_next_grid_start();
+    call = begin_call(c, p.call);
+    good = find_inputs();
+    if (good && p.copy_in) {
+      for (std::uint32_t i = first; i < chunk; i += step) {
+        for (std::uint32_t at = i; at < vectors; at += chunk) staging[at] = load_vector<T>(p.input, p.count, at);
+      }
+    }
+    advance_epoch(c, call);
+    good = meet(c, call, kStart, p.copy_in, good && !call.failed);
+  }
+
+  // Where each rank's input is read. False, with the failure noted, if the call was never registered.
+  __device__ __forceinline__ bool find_inputs() {
+    bool known = true;
+#pragma unroll
+    for (int r = 0; r < kRanks; ++r) {
+      if (r >= world()) continue;
+      input[r] = p.slot ? p.slot->input[r] : staging_of(c, r);
+      known = known && input[r] != nullptr;
+    }
+    if (!known && !call.failed) fail(c, call, Failure::kUnregistered, c.rank, 0);
+    return known;
+  }
+
+  // Sums vectors begin + first, + step, ... up to `end`; `put(i, sum)` takes each.
+  template <typename Put>
+  __device__ __forceinline__ void sum(std::uint32_t begin, std::uint32_t end, Put put) const {
+#pragma unroll 1
+    for (std::uint32_t base = begin + first; base < end; base += kAtOnce * step) {
+      uint4 v[kAtOnce][kRanks];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+#pragma unroll
+        for (int r = 0; r < kRanks; ++r) {
+          if (base + n * step < end && r < world()) v[n][r] = load_vector<T>(input[r], p.count, base + n * step);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        if (base + n * step >= end) continue;
+        float total[kPerVector<T>] = {};
+#pragma unroll
+        for (int r = 0; r < kRanks; ++r) {
+          if (r < world()) accumulate<T>(v[n][r], total);
+        }
+        put(base + n * step, pack<T>(total));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void end() const {
+    end_call(c, call, [&](std::uint32_t from, std::uint32_t by) {
+      for (std::uint32_t i = from; i < vectors; i += by) store_vector<T>(p.output, p.count, i, nan_vector());
+    });
+  }
+};
+
+template <typename T, int kWorld>
 __global__ void __launch_bounds__(kPullThreads) one_shot_pull(const __grid_constant__ AllReduceParams p) {
-  const CommView& c = p.comm;
-  wait_for_previous_grid();
-  const Call call = begin_call(c, p.call);
-  const std::int64_t vectors = (p.count + kPerVector<T> - 1) / kPerVector<T>;
-  const std::int64_t first = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const std::int64_t step = std::int64_t(gridDim.x) * blockDim.x;
-  uint4* staging = reinterpret_cast<uint4*>(staging_of(c, c.rank));
-  const void* input[kMaxRanks];
-  const bool ready = !call.failed && find_inputs(p, call, input);
-
-  if (ready && p.copy_in) {
-    for (std::int64_t i = first; i < vectors; i += step) staging[i] = load_vector<T>(p.input, p.count, i);
-  }
-  const bool started = meet(c, call, kStart, ready);
+  Pull<T, kWorld> pull(p, false);
   // Peers read our input until the end: in place, the sums wait in staging, unless it is staging that they read.
   const bool through_staging = p.output == p.input && !p.copy_in;
-  if (started) {
-    for (std::int64_t i = first; i < vectors; i += step) {
-      const uint4 sum = sum_inputs<T>(p, input, i);
+  if (pull.good) {
+    pull.sum(0, pull.vectors, [&](std::uint32_t i, const uint4& sum) {
       if (through_staging) {
-        staging[i] = sum;
+        pull.staging[i] = sum;
       } else {
         store_vector<T>(p.output, p.count, i, sum);
       }
-    }
+    });
   }
-  const bool ended = meet(c, call, kEnd, started);
-  if (ended && through_staging) {
-    for (std::int64_t i = first; i < vectors; i += step) store_vector<T>(p.output, p.count, i, staging[i]);
+  pull.good = meet(pull.c, pull.call, kEnd, false, pull.good);
+  if (pull.good && through_staging) {
+    for (std::uint32_t i = pull.first; i < pull.vectors; i += pull.step)
+      store_vector<T>(p.output, p.count, i, pull.staging[i]);
   }
-  end_pull<T>(p, call, vectors);
+  pull.end();
 }
 
-template <typename T>
+template <typename T, int kWorld>
 __global__ void __launch_bounds__(kPullThreads) two_shot_pull(const __grid_constant__ AllReduceParams p) {
-  const CommView& c = p.comm;
-  wait_for_previous_grid();
-  const Call call = begin_call(c, p.call);
-  const std::int64_t vectors = (p.count + kPerVector<T> - 1) / kPerVector<T>;
-  const std::int64_t chunk = (vectors + c.world - 1) / c.world;  // vectors that a rank sums
-  const std::int64_t first = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const std::int64_t step = std::int64_t(gridDim.x) * blockDim.x;
-  uint4* staging = reinterpret_cast<uint4*>(staging_of(c, c.rank));
-  const void* input[kMaxRanks];
-  const bool ready = !call.failed && find_inputs(p, call, input);
-
-  if (ready && p.copy_in) {
-    for (std::int64_t i = first; i < chunk; i += step) {
+  Pull<T, kWorld> pull(p, true);
+  const std::uint32_t begin = pull.c.rank * pull.chunk;
+  if (pull.good) {
+    pull.sum(begin, min(begin + pull.chunk, pull.vectors),
+             [&](std::uint32_t i, const uint4& sum) { pull.staging[i] = sum; });
+  }
+  pull.good = meet(pull.c, pull.call, kMiddle, true, pull.good);
+  if (pull.good) {
+    constexpr int kRanks = Pull<T, kWorld>::kRanks;
+#pragma unroll 2
+    for (std::uint32_t i = pull.first; i < pull.chunk; i += pull.step) {
+      uint4 v[kRanks];
 #pragma unroll
-      for (int r = 0; r < kMaxRanks; ++r) {
-        const std::int64_t at = r * chunk + i;
-        if (r < c.world && at < vectors) staging[at] = load_vector<T>(p.input, p.count, at);
+      for (int r = 0; r < kRanks; ++r) {
+        const std::uint32_t at = r * pull.chunk + i;
+        if (r < pull.world() && at < pull.vectors) v[r] = reinterpret_cast<const uint4*>(staging_of(pull.c, r))[at];
+      }
+#pragma unroll
+      for (int r = 0; r < kRanks; ++r) {
+        const std::uint32_t at = r * pull.chunk + i;
+        if (r < pull.world() && at < pull.vectors) store_vector<T>(p.output, p.count, at, v[r]);
       }
     }
   }
-  const bool started = meet(c, call, kStart, ready);
-  if (started) {
-    const std::int64_t begin = c.rank * chunk;
-    for (std::int64_t i = first; i < chunk && begin + i < vectors; i += step)
-      staging[begin + i] = sum_inputs<T>(p, input, begin + i);
-  }
-  const bool summed = meet(c, call, kMiddle, started);
-  if (summed) {
-    for (std::int64_t i = first; i < chunk; i += step) {
-      uint4 v[kMaxRanks];
-#pragma unroll
-      for (int r = 0; r < kMaxRanks; ++r) {
-        const std::int64_t at = r * chunk + i;
-        if (r < c.world && at < vectors) v[r] = reinterpret_cast<const uint4*>(staging_of(c, r))[at];
-      }
-#pragma unroll
-      for (int r = 0; r < kMaxRanks; ++r) {
-        const std::int64_t at = r * chunk + i;
-        if (r < c.world && at < vectors) store_vector<T>(p.output, p.count, at, v[r]);
-      }
-    }
-  }
-  meet(c, call, kEnd, summed);
-  end_pull<T>(p, call, vectors);
+  pull.good = meet(pull.c, pull.call, kEnd, false, pull.good);
+  pull.end();
 }
 
 }  // namespace extend_attn

@@ -5,6 +5,9 @@
 // until each word is not zero, so data needs no order. Sums start at +0, so the sign of a sent zero never shows. The
 // reader clears what it read; the slot is written again two calls later, which every writer reaches only after it had
 // this rank's header of the call between.
+//
+// A call takes as long as its longest chain: read epoch and input, store to a peer, see a peer's data, store the sum.
+// Nothing else is in it: the epoch is advanced and headers travel meanwhile, and the next call's blocks start early.
 #pragma once
 
 #include "../comm/signal.cuh"
@@ -28,114 +31,91 @@ __device__ __forceinline__ uint4 without_empty(const uint4& v) {
   return make_uint4(without_empty<T>(v.x), without_empty<T>(v.y), without_empty<T>(v.z), without_empty<T>(v.w));
 }
 
-// Where the clerk leaves what it learnt from the headers; data warps wait for it before they write output.
-enum Verdict : int { kUnknown = 0, kAgreed = 1, kFailed = 2 };
-
-// A block's shared word; the largest verdict stands.
-class VerdictBox {
- public:
-  __device__ explicit VerdictBox(int* word) : word_(word) {}
-  __device__ void open(bool failed) const { *word_ = failed ? kFailed : kUnknown; }
-  __device__ void put(Verdict v) const { atomicMax(word_, v); }
-  __device__ bool failed() const { return *static_cast<volatile int*>(word_) == kFailed; }
-  __device__ bool agreed() const {
-    int v;
-    while ((v = *static_cast<volatile int*>(word_)) == kUnknown) {
-    }
-    return v == kAgreed;
+// What a thread holds of the peers: an array by rank, or between two ranks the one that is not this.
+template <int kWorld>
+struct Peers {
+  static constexpr int kSlots = kWorld == 2 ? 1 : kMaxRanks;
+  static __device__ __forceinline__ int rank(const CommView& c, int slot) { return kWorld == 2 ? 1 - c.rank : slot; }
+  static __device__ __forceinline__ std::uint32_t mask(const CommView& c) {
+    return kWorld == 2 ? 1 : ((1u << c.world) - 1) & ~(1u << c.rank);
   }
-
- private:
-  int* word_;
 };
 
-// The clerk's second half: all headers of this epoch, one lane a peer.
-__device__ __forceinline__ void judge(const CommView& c, const Call& call, VerdictBox verdict, int lane) {
-  bool good = true;
-  if (lane < c.world) good = receive_header(c, call, lane, [&] { return verdict.failed(); });
-  good = __all_sync(0xffffffffu, good);
-  if (lane == 0) verdict.put(good ? kAgreed : kFailed);
+// The sum of one vector of each rank, in rank order.
+template <typename T, int kWorld>
+__device__ __forceinline__ uint4 sum_in_order(const CommView& c, const uint4& mine,
+                                              const uint4 (&of_peer)[Peers<kWorld>::kSlots]) {
+  float sum[kPerVector<T>] = {};
+#pragma unroll
+  for (int r = 0; r < (kWorld == 2 ? 2 : kMaxRanks); ++r) {
+    if (kWorld == 2 || r < c.world) accumulate<T>(r == c.rank ? mine : of_peer[kWorld == 2 ? 0 : r], sum);
+  }
+  return pack<T>(sum);
 }
 
-// Spins on a slot word by word; reports the peer if it stays empty.
-template <typename Vector>
-__device__ __forceinline__ bool receive(const CommView& c, const Call& call, VerdictBox verdict, int peer,
-                                        const Vector* slot, Vector& v) {
-  v = load_relaxed_sys(slot);
-  if (is_full(v)) return true;
-  const bool came =
-      wait_until(call.deadline, [&] { return is_full(v = load_relaxed_sys(slot)); }, [&] { return verdict.failed(); });
-  if (came) return true;
-  if (!verdict.failed()) fail(c, call, Failure::kTimeout, peer, 0);
-  verdict.put(kFailed);
-  return false;
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kPushThreads + kWarp) one_shot_push(const __grid_constant__ AllReduceParams p) {
+// kWorld: 2, or 0 for any number of ranks.
+template <typename T, int kWorld>
+__global__ void __launch_bounds__(max_push_threads(kWorld)) one_shot_push(const __grid_constant__ AllReduceParams p) {
+  using P = Peers<kWorld>;
   const CommView& c = p.comm;
-  const int thread = threadIdx.x - kWarp;  // of the data threads; negative: the clerk
-  const std::int64_t vectors = (p.count + kPerVector<T> - 1) / kPerVector<T>;
-  const std::int64_t first = std::int64_t(blockIdx.x) * kPushThreads + thread;
-  const std::int64_t step = std::int64_t(gridDim.x) * kPushThreads;
-  __shared__ int verdict_word;
-  const VerdictBox verdict(&verdict_word);
+  const int world = kWorld == 2 ? 2 : c.world;
+  const int lane = threadIdx.x % kWarp;
+  const auto vectors = static_cast<std::uint32_t>((p.count + kPerVector<T> - 1) / kPerVector<T>);
+  const std::uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
+  const std::uint32_t step = gridDim.x * blockDim.x;
   wait_for_previous_grid();
-  // A thread's first vector, all it has of a small message, is on its way while the epoch is read.
-  uint4 own_first = make_uint4(0, 0, 0, 0);
-  if (thread >= 0 && first < vectors) own_first = load_vector<T>(p.input, p.count, first);
-  const Call call = begin_call(c, p.call);
+  let_next_grid_start();
+  Call call = begin_call(c, p.call);
+  uint4 own = make_uint4(0, 0, 0, 0);  // a thread's first vector: on its way while the epoch is
+  if (first < vectors) own = load_vector<T>(p.input, p.count, first);
 
-  if (thread < 0) {
-    if (threadIdx.x == 0) verdict.open(call.failed);
-    if (!call.failed && blockIdx.x == 0 && threadIdx.x < c.world) send_header(c, call, threadIdx.x);
-  } else if (!call.failed) {
-    for (std::int64_t i = first; i < vectors; i += step) {
-      const uint4 mine = without_empty<T>(i == first ? own_first : load_vector<T>(p.input, p.count, i));
+  if (!call.failed) {
+    if (blockIdx.x == 0 && threadIdx.x < world && threadIdx.x != c.rank) send_header(c, call, threadIdx.x);
+#pragma unroll 1
+    for (std::uint32_t i = first; i < vectors; i += step) {
+      const uint4 mine = without_empty<T>(i == first ? own : load_vector<T>(p.input, p.count, i));
 #pragma unroll
-      for (int hop = 1; hop < kMaxRanks; ++hop) {  // start at the next rank, so that ranks do not all write to one
-        const int peer = c.rank + hop < c.world ? c.rank + hop : c.rank + hop - c.world;
-        if (hop < c.world)
-          store_relaxed_sys(reinterpret_cast<uint4*>(push_slot(c, peer, call.epoch, c.rank)) + i, mine);
+      for (int hop = 1; hop < (kWorld == 2 ? 2 : kMaxRanks); ++hop) {  // from the next rank on: not all write to one
+        if (hop >= world) continue;
+        const int peer = c.rank + hop < world ? c.rank + hop : c.rank + hop - world;
+        store_relaxed_sys(reinterpret_cast<uint4*>(push_slot(c, peer, call.epoch, c.rank)) + i, mine);
       }
     }
   }
-  __syncthreads();
-  if (thread < 0) {
-    if (!call.failed) judge(c, call, verdict, threadIdx.x);
-  } else if (!call.failed) {
-    for (std::int64_t i = first; i < vectors; i += step) {
-      uint4 v[kMaxRanks];
-      bool good = true;
+  advance_epoch(c, call);
+
+  const auto slot = [&](int q) { return reinterpret_cast<uint4*>(push_slot(c, c.rank, call.epoch, P::rank(c, q))); };
+  Headers headers(c, call);
+  Patience patience(c);
+  bool good = !call.failed;
+#pragma unroll 1
+  for (std::uint32_t i = first; good && i - lane < vectors; i += step) {
+    uint4 v[P::kSlots];
+    std::uint32_t missing = i < vectors ? P::mask(c) : 0;  // a bit for each slot
+    while (true) {
 #pragma unroll
-      for (int r = 0; r < kMaxRanks; ++r) {  // all loads first: they are in flight together
-        if (r >= c.world) continue;
-        if (r != c.rank) {
-          v[r] = load_relaxed_sys(reinterpret_cast<const uint4*>(push_slot(c, c.rank, call.epoch, r)) + i);
-        } else {
-          v[r] = i == first ? own_first : load_vector<T>(p.input, p.count, i);
-        }
+      for (int q = 0; q < P::kSlots; ++q) {  // all loads first: they are in flight together
+        if (missing >> q & 1) v[q] = load_relaxed_sys(slot(q) + i);
       }
+      headers.look();
 #pragma unroll
-      for (int r = 0; r < kMaxRanks; ++r) {
-        if (r >= c.world || r == c.rank) continue;
-        const uint4* slot = reinterpret_cast<const uint4*>(push_slot(c, c.rank, call.epoch, r)) + i;
-        if (good && !is_full(v[r])) good = receive(c, call, verdict, r, slot, v[r]);
+      for (int q = 0; q < P::kSlots; ++q) {
+        if ((missing >> q & 1) && is_full(v[q])) missing &= ~(1u << q);
       }
-      if (!good || !verdict.agreed()) break;
-      float sum[kPerVector<T>] = {};
+      if (__all_sync(kFullWarp, missing == 0 && headers.agreed())) break;
+      good = !gives_up(c, call, patience, headers, missing != 0 ? P::rank(c, __ffs(missing) - 1) : -1);
+      if (!good) break;
+    }
+    if (!good || i >= vectors) continue;
+    const uint4 mine = i == first ? own : load_vector<T>(p.input, p.count, i);
+    store_vector<T>(p.output, p.count, i, sum_in_order<T, kWorld>(c, mine, v));
 #pragma unroll
-      for (int r = 0; r < kMaxRanks; ++r) {
-        if (r >= c.world) continue;
-        accumulate<T>(v[r], sum);
-        if (r != c.rank) reinterpret_cast<uint4*>(push_slot(c, c.rank, call.epoch, r))[i] = make_uint4(0, 0, 0, 0);
-      }
-      store_vector<T>(p.output, p.count, i, pack<T>(sum));
+    for (int q = 0; q < P::kSlots; ++q) {
+      if (P::mask(c) >> q & 1) store_relaxed_sys(slot(q) + i, make_uint4(0, 0, 0, 0));
     }
   }
-  finish_call(c, call, [&] {
-    for (std::int64_t i = threadIdx.x; i < vectors; i += blockDim.x)
-      store_vector<T>(p.output, p.count, i, nan_vector());
+  end_call(c, call, [&](std::uint32_t from, std::uint32_t by) {
+    for (std::uint32_t i = from; i < vectors; i += by) store_vector<T>(p.output, p.count, i, nan_vector());
   });
 }
 

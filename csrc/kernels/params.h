@@ -9,10 +9,13 @@
 
 namespace extend_attn {
 
-// Threads that move data; push and tp_qknorm have one more warp, the clerk, which exchanges headers meanwhile.
-constexpr int kWarp = 32;
-constexpr int kPushThreads = 256;
+// Threads a block. A push takes as few as give each thread at most two vectors. Two ranks, which need few registers,
+// may have more.
+constexpr int kMinPushThreads = 128;
+constexpr int kPushedVectors = 2;
+constexpr int max_push_threads(int world) { return world == 2 ? 1024 : 512; }
 constexpr int kPullThreads = 512;
+constexpr int kNormThreads = 256;
 
 // The inputs of one captured call: where each rank's lies as mapped here. Filled when capture() is left; null before.
 struct InputSlot {
@@ -45,11 +48,11 @@ struct QkNormParams {
   float eps;
 };
 
-// Addresses of __global__ functions of one element type.
+// Addresses of __global__ functions of one element type; [0] for two ranks, [1] for any number.
 struct KernelSet {
-  const void* one_shot_push = nullptr;
-  const void* one_shot_pull = nullptr;
-  const void* two_shot_pull = nullptr;
+  const void* one_shot_push[2] = {};
+  const void* one_shot_pull[2] = {};
+  const void* two_shot_pull[2] = {};
   const void* tp_qknorm = nullptr;
 };
 

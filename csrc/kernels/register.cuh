@@ -11,10 +11,14 @@ namespace extend_attn {
 template <typename T>
 bool register_kernels() {
   KernelSet& set = kernels_of(kDType<T>);
-  set.one_shot_push = reinterpret_cast<const void*>(&one_shot_push<T>);
-  set.one_shot_pull = reinterpret_cast<const void*>(&one_shot_pull<T>);
-  set.two_shot_pull = reinterpret_cast<const void*>(&two_shot_pull<T>);
-  set.tp_qknorm = reinterpret_cast<const void*>(&tp_qknorm<T>);
+  const auto address = [](auto kernel) { return reinterpret_cast<const void*>(kernel); };
+  set.one_shot_push[0] = address(&one_shot_push<T, 2>);
+  set.one_shot_push[1] = address(&one_shot_push<T, 0>);
+  set.one_shot_pull[0] = address(&one_shot_pull<T, 2>);
+  set.one_shot_pull[1] = address(&one_shot_pull<T, 0>);
+  set.two_shot_pull[0] = address(&two_shot_pull<T, 2>);
+  set.two_shot_pull[1] = address(&two_shot_pull<T, 0>);
+  set.tp_qknorm = address(&tp_qknorm<T>);
   return true;
 }
 

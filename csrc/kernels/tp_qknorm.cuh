@@ -7,11 +7,10 @@
 
 namespace extend_attn {
 
-constexpr int kQkNormThreads = kPushThreads;
-constexpr int kQkNormWarps = kQkNormThreads / kWarp;
+constexpr int kNormWarps = kNormThreads / kWarp;
 constexpr int kHeldVectors = 4;  // of a token, in each thread's registers
 
-// Warps that share a token. Named barrier 0 is __syncthreads; teams take 1 and up. Of no meaning in the clerk.
+// Warps that share a token. Named barrier 0 is __syncthreads; teams take 1 and up.
 struct Team {
   int warps, index, thread;
 
@@ -81,21 +80,26 @@ __device__ __forceinline__ float2 sum_over_team(const Team& team, float2 part, f
 
 // The ranks' sums of a token, added in rank order; false if one never came. Each warp reads for itself, one lane a
 // rank.
-__device__ __forceinline__ bool sum_over_ranks(const CommView& c, const Call& call, VerdictBox verdict, int token,
+__device__ __forceinline__ bool sum_over_ranks(const CommView& c, Call& call, Headers& headers, int token,
                                                float2& total) {
   const int lane = threadIdx.x % kWarp;
+  const uint2* slot = reinterpret_cast<const uint2*>(push_slot(c, c.rank, call.epoch, lane)) + token;
   uint2 v = make_uint2(0, 0);
-  bool good = true;
-  if (lane < c.world) {
-    good = receive(c, call, verdict, lane,
-                   reinterpret_cast<const uint2*>(push_slot(c, c.rank, call.epoch, lane)) + token, v);
+  bool full = lane >= c.world;
+  Patience patience(c);
+  while (true) {
+    if (!full) v = load_relaxed_sys(slot);
+    headers.look();
+    full = full || is_full(v);
+    if (__all_sync(kFullWarp, full && headers.agreed())) break;
+    if (gives_up(c, call, patience, headers, full ? -1 : lane)) return false;
   }
   total = make_float2(0.f, 0.f);
   for (int r = 0; r < c.world; ++r) {
-    total.x += __uint_as_float(__shfl_sync(0xffffffffu, v.x, r));
-    total.y += __uint_as_float(__shfl_sync(0xffffffffu, v.y, r));
+    total.x += __uint_as_float(__shfl_sync(kFullWarp, v.x, r));
+    total.y += __uint_as_float(__shfl_sync(kFullWarp, v.y, r));
   }
-  return __all_sync(0xffffffffu, good);
+  return true;
 }
 
 // The vectors of one token that a thread keeps in registers, with their weights, between the two halves.
@@ -139,27 +143,24 @@ __device__ __forceinline__ float2 squares_of_row(const TokenRow<T>& row, const T
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kQkNormThreads + kWarp) tp_qknorm(const __grid_constant__ QkNormParams p) {
+__global__ void __launch_bounds__(kNormThreads) tp_qknorm(const __grid_constant__ QkNormParams p) {
   const CommView& c = p.comm;
-  const int thread = threadIdx.x - kWarp;  // of the data threads; negative: the clerk
-  __shared__ int verdict_word;
-  __shared__ float2 scratch[kQkNormWarps];
-  const VerdictBox verdict(&verdict_word);
-  const int teams = kQkNormWarps / p.team_warps;
-  const Team team{p.team_warps, thread / (p.team_warps * kWarp), thread % (p.team_warps * kWarp)};
+  __shared__ float2 scratch[kNormWarps];
+  const int team_threads = p.team_warps * kWarp;
+  const int teams = kNormThreads / team_threads;
+  const Team team{p.team_warps, int(threadIdx.x) / team_threads, int(threadIdx.x) % team_threads};
   const int first = blockIdx.x * teams + team.index;
   const int step = gridDim.x * teams;
   // A team with one token keeps it in registers; with more it reads each again, from L2 as a rule.
   const bool holds = p.tokens <= step && (p.q_width + p.k_width) / kPerVector<T> <= kHeldVectors * team.threads();
   Held<T> held;
   wait_for_previous_grid();
-  if (thread >= 0 && holds && first < p.tokens) held.load(p, team, first);
-  const Call call = begin_call(c, p.call);
+  let_next_grid_start();
+  Call call = begin_call(c, p.call);
+  if (holds && first < p.tokens) held.load(p, team, first);
 
-  if (thread < 0) {
-    if (threadIdx.x == 0) verdict.open(call.failed);
-    if (!call.failed && blockIdx.x == 0 && threadIdx.x < c.world) send_header(c, call, threadIdx.x);
-  } else if (!call.failed) {
+  if (!call.failed) {
+    if (blockIdx.x == 0 && threadIdx.x < c.world && threadIdx.x != c.rank) send_header(c, call, threadIdx.x);
     for (int token = first; token < p.tokens; token += step) {
       const float2 part = holds ? held.squares(p, team) : squares_of_row(TokenRow<T>(p, token), team);
       const float2 sum = sum_over_team(team, part, scratch);
@@ -170,35 +171,34 @@ __global__ void __launch_bounds__(kQkNormThreads + kWarp) tp_qknorm(const __grid
       }
     }
   }
-  __syncthreads();
-  if (thread < 0) {
-    if (!call.failed) judge(c, call, verdict, threadIdx.x);
-  } else if (!call.failed) {
-    const float q_width = float(p.q_width) * c.world, k_width = float(p.k_width) * c.world;
-    for (int token = first; token < p.tokens; token += step) {
-      float2 total;
-      const bool good = sum_over_ranks(c, call, verdict, token, total) && verdict.agreed();
-      team.sync();  // every warp has read the slots: the first may clear them
-      if (!good) continue;
-      if (team.thread < c.world) {
-        reinterpret_cast<uint2*>(push_slot(c, c.rank, call.epoch, team.thread))[token] = make_uint2(0, 0);
-      }
-      const float q_factor = rsqrtf(total.x / q_width + p.eps), k_factor = rsqrtf(total.y / k_width + p.eps);
-      const TokenRow<T> row(p, token);
-      if (holds) {
-        held.scale(row, team, q_factor, k_factor);
-      } else {
-        for (int i = team.thread; i < row.vectors; i += team.threads()) {
-          row[i] = scaled<T>(row[i], row.weight(p, i), i < row.q_vectors ? q_factor : k_factor);
-        }
+  advance_epoch(c, call);
+  bool good = !call.failed;
+  Headers headers(c, call);
+  const float q_width = float(p.q_width) * c.world, k_width = float(p.k_width) * c.world;
+  for (int token = first; !call.failed && token < p.tokens; token += step) {
+    float2 total;
+    good = good && sum_over_ranks(c, call, headers, token, total);
+    team.sync();  // every warp has read the slots: the first may clear them
+    if (!good) continue;
+    if (team.thread < c.world) {
+      store_relaxed_sys(reinterpret_cast<uint2*>(push_slot(c, c.rank, call.epoch, team.thread)) + token,
+                        make_uint2(0, 0));
+    }
+    const float q_factor = rsqrtf(total.x / q_width + p.eps), k_factor = rsqrtf(total.y / k_width + p.eps);
+    const TokenRow<T> row(p, token);
+    if (holds) {
+      held.scale(row, team, q_factor, k_factor);
+    } else {
+      for (int i = team.thread; i < row.vectors; i += team.threads()) {
+        row[i] = scaled<T>(row[i], row.weight(p, i), i < row.q_vectors ? q_factor : k_factor);
       }
     }
   }
-  finish_call(c, call, [&] {
-    for (int token = 0; token < p.tokens; ++token) {
-      const TokenRow<T> row(p, token);
-      for (int i = threadIdx.x; i < row.vectors; i += blockDim.x) row[i] = nan_vector();
-    }
+  end_call(c, call, [&](std::uint32_t from, std::uint32_t by) {
+    const TokenRow<T> any(p, 0);
+    const auto vectors = static_cast<std::uint32_t>(any.vectors);
+    for (std::uint64_t i = from; i < std::uint64_t(vectors) * p.tokens; i += by)
+      TokenRow<T>(p, i / vectors)[i % vectors] = nan_vector();
   });
 }
 

@@ -83,34 +83,38 @@ struct Bits<float> {
   using type = std::uint32_t;
 };
 
-// Vector `i` of an array of `count` elements; what lies past the end is neither read nor written, and reads as +0.
+// Vector `i` of an array of `count` elements; what lies past the end is neither read nor written, and reads as +0. The
+// tail's loops are not unrolled: they are in every kernel several times, and a short kernel pays for its code.
 template <typename T>
-__device__ __forceinline__ uint4 load_vector(const void* array, std::int64_t count, std::int64_t i) {
-  const std::int64_t first = i * kPerVector<T>;
-  if (first + kPerVector<T> <= count) return static_cast<const uint4*>(array)[i];
+__device__ __forceinline__ uint4 load_vector(const void* array, std::int64_t count, std::uint32_t i) {
   using B = typename Bits<T>::type;
-  const B* elements = static_cast<const B*>(array);
-  std::uint32_t words[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (int e = 0; e < kPerVector<T>; ++e) {
-    if (first + e < count) words[e * sizeof(T) / 4] |= std::uint32_t(elements[first + e]) << (e * sizeof(T) % 4 * 8);
+  const std::int64_t first = std::int64_t(i) * kPerVector<T>;
+  if (first + kPerVector<T> <= count) return static_cast<const uint4*>(array)[i];
+  std::uint64_t low = 0, high = 0;
+#pragma unroll 1
+  for (int e = static_cast<int>(count - first) - 1; e >= 0; --e) {
+    constexpr int kBits = 8 * sizeof(T);
+    high = high << kBits | low >> (64 - kBits);
+    low = low << kBits | static_cast<const B*>(array)[first + e];
   }
-  return make_uint4(words[0], words[1], words[2], words[3]);
+  return make_uint4(std::uint32_t(low), std::uint32_t(low >> 32), std::uint32_t(high), std::uint32_t(high >> 32));
 }
 
 template <typename T>
-__device__ __forceinline__ void store_vector(void* array, std::int64_t count, std::int64_t i, const uint4& v) {
-  const std::int64_t first = i * kPerVector<T>;
+__device__ __forceinline__ void store_vector(void* array, std::int64_t count, std::uint32_t i, const uint4& v) {
+  using B = typename Bits<T>::type;
+  const std::int64_t first = std::int64_t(i) * kPerVector<T>;
   if (first + kPerVector<T> <= count) {
     static_cast<uint4*>(array)[i] = v;
     return;
   }
-  using B = typename Bits<T>::type;
-  B* elements = static_cast<B*>(array);
-  const std::uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int e = 0; e < kPerVector<T>; ++e) {
-    if (first + e < count) elements[first + e] = B(words[e * sizeof(T) / 4] >> (e * sizeof(T) % 4 * 8));
+  std::uint64_t low = v.x | std::uint64_t(v.y) << 32, high = v.z | std::uint64_t(v.w) << 32;
+#pragma unroll 1
+  for (std::int64_t at = first; at < count; ++at) {
+    constexpr int kBits = 8 * sizeof(T);
+    static_cast<B*>(array)[at] = static_cast<B>(low);
+    low = low >> kBits | high << (64 - kBits);
+    high >>= kBits;
   }
 }
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Slots that a capture() finds free when it is entered (64 bytes each): no memory can be had during a capture.
 SLOTS = 16384
+EXCHANGE = "capture"  # what the rendezvous calls it when a capture() is left
 
 
 class Capture:
@@ -73,7 +74,7 @@ class Capture:
                 _check_alike(ranks)
                 self._fill(ranks)
 
-        comm._rendezvous.exchange("capture", mine, follow)
+        comm._rendezvous.exchange(EXCHANGE, mine, follow)
 
     def _fill(self, ranks: List[Dict[str, Any]]) -> None:
         comm = self._comm

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, NoReturn, Optional, Sequence, Set, Tuple, Un
 
 import torch
 
-from .capture import Capture, warn
+from .capture import EXCHANGE, Capture, warn
 from .errors import CommError, error_of, is_peer_lost, lost
 from .names import ALGORITHMS, AUTO, DEFAULT_MAX_BYTES, DTYPE_NAMES, FALLBACK, MAX_RANKS, MIN_RANKS, VECTOR_BYTES
 from .policy import Policy
@@ -157,6 +157,11 @@ class CustomAllReduce:
         """A context manager around the capture of CUDA graphs with calls of this communicator; see Capture."""
         self._require_open()
         return Capture(self)
+
+    @property
+    def handle_exchanges(self) -> int:
+        """How often ranks have told each other their captured inputs: once for each ``capture()`` that was left."""
+        return self._rendezvous.made[EXCHANGE]
 
     def _run(self, launch: Any, *arguments: Any) -> None:
         """Launch on the current stream, unless poisoned."""

@@ -159,8 +159,7 @@ class Policy:
     def digest(self) -> str:
         """Equal where every ``choose`` answers alike: ranks compare it before they trust each other's choices."""
         rows = [[row.to_json() for row in table.rows] for table in self.tables]
-        heuristic = [[link, n, m, *map(asdict, heuristic_thresholds(link, n, m))]
-                     for link in LINKS for n in WORLD_SIZES for m in MODES]  # fmt: skip
+        heuristic = [[link, n, *map(asdict, heuristic_thresholds(link, n))] for link in LINKS for n in WORLD_SIZES]
         text = json.dumps([rows, heuristic], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -182,7 +181,7 @@ class Policy:
             for number, row in enumerate(table.rows):
                 if row.speaks_for(arch, link, world_size, mode):
                     return row.thresholds, f"table:{table.name}#{number}"
-        return heuristic_thresholds(link, world_size, mode), "heuristic"
+        return heuristic_thresholds(link, world_size), "heuristic"
 
     def push_limit(self, world_size: int, arch: str, link: str) -> int:
         """The largest size (bytes) for which ``choose`` says one_shot_push in either mode; 0 if it never does."""
@@ -194,12 +193,11 @@ class Policy:
         return limit
 
 
-# What is assumed where nothing was measured. A push has no barrier and so the lowest latency, but its data crosses the
-# receiver's memory twice; a pull of a captured call reads its inputs in place, an eager one copies them first, so eager
-# calls push for longer. Published curves of two H100 (AIConfigurator's data set: graph replay, bf16; 5.9 us at 1 MiB
-# against 14.7 of NCCL, 29.4 against 47.3 at 8 MiB) have a custom kernel ahead of NCCL up to 8 MiB.
+# What is assumed where nothing was measured, in either mode. A push has no meeting and so the lowest latency, but needs
+# buffers of 2 x world times its message. Between two H100 push and pull both take 28 us for 8 MiB, and at 4 MiB push is
+# ahead (14.5 and 16.1), while NCCL takes 47 and 33 (docs/all_reduce.md); published curves end at 8 MiB, too.
 MOST_CUSTOM = 8 * MIB
-PUSH_PAIR = {"graph": 1 * MIB, "eager": 2 * MIB}
+PUSH_PAIR = 4 * MIB
 # World size -> where two shots overtake one: one shot moves (n - 1) times the data, two shots 2 (n - 1) / n times it.
 # The values are those of vLLM's custom all-reduce for NVLink, in use since 2024.
 ONE_SHOT = {3: 512 * KIB, 4: 512 * KIB, 5: 256 * KIB, 6: 256 * KIB, 7: 256 * KIB, 8: 256 * KIB}
@@ -207,12 +205,12 @@ ONE_SHOT = {3: 512 * KIB, 4: 512 * KIB, 5: 256 * KIB, 6: 256 * KIB, 7: 256 * KIB
 PUSH_PCIE = 64 * KIB
 
 
-def heuristic_thresholds(link: str, world_size: int, mode: str) -> Tuple[Threshold, ...]:
+def heuristic_thresholds(link: str, world_size: int) -> Tuple[Threshold, ...]:
     """The default where no row speaks. ``virtual`` follows NVLink and never says nccl."""
     if link == "pcie":
         return (Threshold(PUSH_PCIE, "one_shot_push"), Threshold(None, "nccl")) if world_size == 2 else _ALL_NCCL
     if world_size == 2:
-        small, large = Threshold(PUSH_PAIR[mode], "one_shot_push"), "one_shot_pull"
+        small, large = Threshold(PUSH_PAIR, "one_shot_push"), "one_shot_pull"
     else:
         small, large = Threshold(ONE_SHOT[world_size], "one_shot_push"), "two_shot_pull"
     if link == "virtual":

@@ -2,12 +2,13 @@
 
 Both have ``exchange(what, value, then)``: give ``value``, and once every rank has, ``then(values)`` is called with all
 of them in rank order. In a process group that is before ``exchange`` returns; among virtual ranks it is when the last
-of them calls.
+of them calls. ``made`` counts the exchanges by ``what``.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from typing import Any, Callable, Dict, List, Tuple
 
 from .errors import CommError, lost
@@ -38,10 +39,12 @@ class GroupRendezvous:
         self.world_size = dist.get_world_size(group)
         if self.rank < 0:
             raise ValueError("group: this process is not in it")
+        self.made: Counter = Counter()
 
     def exchange(self, what: str, value: Any, then: Then) -> None:
         import torch.distributed as dist
 
+        self.made[what] += 1
         gathered: List[Any] = [None] * self.world_size
         try:
             dist.all_gather_object(gathered, (what, value), group=self.group)
@@ -91,6 +94,8 @@ class VirtualRendezvous:
         self._hub = hub
         self.rank = rank
         self.world_size = hub.world_size
+        self.made: Counter = Counter()
 
     def exchange(self, what: str, value: Any, then: Then) -> None:
+        self.made[what] += 1
         self._hub.deposit(self.rank, what, value, then)

@@ -22,8 +22,6 @@ from .policy import Policy
 
 SWITCH = "EXTEND_ATTN_ALL_REDUCE"  # "off": torch.distributed does it all
 PDL_SWITCH = "EXTEND_ATTN_PDL"  # "0": no programmatic dependent launch
-# Enough to saturate the links of an H100 from a few dozen SMs, and few enough to leave the rest to other kernels.
-DEFAULT_BLOCKS = 64
 
 
 @dataclass(frozen=True)
@@ -178,12 +176,13 @@ class Setup:
             pdl=o.pdl,
         )
         resident = min(found.core.load_kernels(DTYPE_NAMES.index(str(d).replace("torch.", ""))) for d in o.dtypes)
-        if self._rendezvous.virtual:  # all ranks' blocks must be on the GPU at once
-            return {"blocks": resident // world, "handle": b"", "address": found.core.address()}
+        if self._rendezvous.virtual:  # all ranks' blocks must be on the GPU at once; those of the next call may be, too
+            return {"blocks": resident // (2 * world), "handle": b"", "address": found.core.address()}
         return {"blocks": resident, "handle": found.core.handle(), "address": 0}
 
     def _connect(self, ranks: List[Dict[str, Any]]) -> None:
-        self._found.core.max_blocks = max(1, min(DEFAULT_BLOCKS, *(rank["blocks"] for rank in ranks)))
+        core = self._found.core
+        core.max_blocks = max(1, min(core.max_blocks, *(rank["blocks"] for rank in ranks)))
         self._step("constructor: peers", lambda: self._open(ranks), self._probe)
 
     # 4. The peers' memory; 5. whether what is written there arrives.

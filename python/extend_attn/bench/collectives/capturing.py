@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Mapping
 
 import torch
 
-from ..providers.base import Skip
+from ..providers.base import OWN, Skip
 from . import clock
 from .all_reduce import expected, input_of, largest_error
 from .providers import Call, Providers
@@ -17,7 +17,8 @@ from .step import NOTHING
 
 
 def measure(ranks: Ranks, providers: Providers, task: Mapping[str, Any]) -> Dict[str, Any]:
-    """``{us: {graph}, error}``: us for all graphs, inside one ``capture()``, up to the last graph's readiness.
+    """``{us: {graph}, error, exchanges?}``: us for all graphs, inside one ``capture()``, up to the last one's
+    readiness, and how often the library's ranks told each other their inputs' handles meanwhile (it should be once).
 
     Each graph is ``collectives`` calls with an elementwise kernel before each, as a model's layers are; ``none`` has
     the kernels alone. The last graph is replayed and its last sum checked.
@@ -46,15 +47,19 @@ def measure(ranks: Ranks, providers: Providers, task: Mapping[str, Any]) -> Dict
     clock.eager_us(ranks, body, clock.Counts(1, 1))
     clock.capture(ranks, body)  # what only a first capture pays
     ranks.barrier()
+    before = _exchanges(ranks)
     started = time.perf_counter()
     graphs = _capture_all(ranks, body, task["graphs"])
     us = 1e6 * (time.perf_counter() - started)
+    exchanges = _exchanges(ranks) - before
     for out in outs.values():
         out.fill_(math.nan)  # what an eager call left there must not pass for the replay's
     ranks.barrier()
     clock.replay(ranks, graphs[-1])
     ranks.synchronize()
     answer: Dict[str, Any] = {"us": {"graph": us}, "error": 0.0}
+    if task["provider"] == OWN:
+        answer["exchanges"] = exchanges
     if task["provider"] != NOTHING:
         want = expected(ranks.world, count, dtype, ranks.device, seed=1)
         answer["error"] = max(largest_error(out, want) for out in outs.values())
@@ -62,6 +67,11 @@ def measure(ranks: Ranks, providers: Providers, task: Mapping[str, Any]) -> Dict
             answer.update(us={}, wrong=f"wrong result of a replay: error {answer['error']:.3g}")
     ranks.check()
     return answer
+
+
+def _exchanges(ranks: Ranks) -> int:
+    comm = ranks.members[0].comm
+    return 0 if comm is None else comm.handle_exchanges
 
 
 def _capture_all(ranks: Ranks, body: Callable[[Member], Any], number: int) -> List[List[torch.cuda.CUDAGraph]]:

@@ -88,7 +88,7 @@ def step(data: Dict[str, Any]) -> str:
 
 
 def capture(data: Dict[str, Any]) -> str:
-    """ms a graph, and what a graph costs more than with NCCL."""
+    """ms a graph, what a graph costs more than with NCCL, and the exchanges of handles of all graphs together."""
     grid = _grid(data["results"], lambda one: (one["graphs"], one["collectives"]))
     columns = _columns(data["results"])
     lines = []
@@ -99,8 +99,9 @@ def capture(data: Dict[str, Any]) -> str:
             ms = us.get(column)
             more = f" ({(ms - nccl) / graphs / 1e3:+.2f})" if ms and nccl and column[0] == OWN else ""
             cells.append("-" if ms is None else f"{ms / graphs / 1e3:.2f}{more}")
-        lines.append(cells)
-    header = ["graphs", "calls each", *map(_name, columns)]
+        made = [one["exchanges"] for one in data["results"] if one["graphs"] == graphs and "exchanges" in one]
+        lines.append([*cells, ", ".join(map(str, sorted(set(made)))) or "-"])
+    header = ["graphs", "calls each", *map(_name, columns), "handle exchanges"]
     return "capture, ms a graph (in brackets: more than with NCCL):\n" + table(header, lines, left=0)
 
 

@@ -127,8 +127,7 @@ class Run:
                 gbps = bus_bandwidth(task["bytes"], self.settings.world, us) if us else None
                 line["busbw_gbps"] = float(f"{gbps:.4g}") if gbps else None
                 line["chosen"] = answer.get("chosen", {}).get(mode)
-            if "collectives" in answer:
-                line["collectives"] = answer["collectives"]
+            line.update({name: answer[name] for name in ("collectives", "exchanges") if name in answer})
             line["error"] = error if error is not None and error < float("inf") else None
             lines.append(line)
         return lines

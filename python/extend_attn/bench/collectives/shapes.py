@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Dict
 
-ITEM = 2  # bytes of bf16
-
 
 @dataclass(frozen=True)
 class Model:
@@ -37,10 +35,6 @@ class Model:
 
     def is_full(self, layer: int) -> bool:
         return (layer + 1) % self.full_every == 0
-
-    def message_bytes(self, tokens: int) -> int:
-        """Bytes of one all-reduce of a step over ``tokens`` tokens."""
-        return tokens * self.hidden * ITEM
 
 
 MODELS: Dict[str, Model] = {
