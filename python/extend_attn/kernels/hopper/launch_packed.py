@@ -96,6 +96,7 @@ def _constants(inputs: Inputs, problem: Problem) -> Dict[str, Any]:
     block_d, block_pe = packed_blocks(problem)
     fp8 = is_fp8(problem)
     scaled = problem.has_pool and (inputs.k_scale != 1.0 or inputs.v_scale != 1.0)
+    on = features(inputs, problem)
     return dict(
         NUM_HEADS=problem.num_q_heads,
         GROUP=problem.group,
@@ -103,7 +104,7 @@ def _constants(inputs: Inputs, problem: Problem) -> Dict[str, Any]:
         HEAD_DIM_V=problem.head_dim_v,
         BLOCK_D=block_d,
         BLOCK_PE=block_pe,
-        **features(inputs, problem),
+        **{**on, "V_SCALED": on["V_SCALED"] or fp8},  # one kernel for all scales
         V_IS_K=v_is_k(problem),
         NEGATE_Q=inputs.sm_scale < 0,
         APART=(fp8 or scaled) and not problem.unified,
