@@ -1,7 +1,7 @@
 """The protocol of kernels/hopper/merge.py in a model: every order in which the atomic operations of programs can go.
 
-Whoever is fast, slow or impatient, each slice is merged after the last part is there, and the word of arrivals is at the
-begin of the next epoch.
+Whoever is fast, slow or impatient, each slice is merged after the last part is there, and the word of arrivals is at
+the begin of the next epoch.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ PRODUCER_WARPS = 4
 # How often a program looks whether the others of its pair have arrived, each time less than a microsecond, before it
 # hands its slice of the merge over. Programs of one wave end within a few microseconds of one another.
 PATIENCE = 32
+INT32_MAX = 2**31 - 1
 FP8_CODES = {"float8_e4m3fn": 1, "float8_e5m2": 2}  # as fp8_rows.py names them
 
 
@@ -29,6 +30,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     row_blocks = -(-problem.max_len_extend * group // tile.block_m)
     tiles = problem.batch_size * row_blocks * problem.num_kv_heads
     splits = plan.split_kv
+    slots = 0 if inputs.k_pool is None else min(inputs.k_pool.shape[0], INT32_MAX)
     patience = PATIENCE if tiles * splits <= multiprocessors(inputs.q.device) else 0
     registers, producer_registers = packed_registers(problem, plan)
     constants = dict(
@@ -45,7 +47,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     packed = kernel(
         packed_kernel,
         plan.programs or tiles * splits,
-        (*numbers(inputs, splits, row_blocks), patience),
+        (*numbers(inputs, splits, row_blocks), patience, min(inputs.kv_indices.numel(), INT32_MAX), slots),
         constants,
         num_warps=tile.num_warps,
         maxnreg=registers,

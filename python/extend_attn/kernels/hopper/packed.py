@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .ahead import look_ahead
 from .epilogue import store_result
 from .fp8_rows import produce_fp8
 from .gather import produce
@@ -43,6 +44,8 @@ UNSPECIALIZED = [
     "num_splits",
     "row_blocks",
     "patience",
+    "num_indices",
+    "num_slots",
 ]
 UNALIGNED = [
     "qo_indptr",
@@ -56,6 +59,9 @@ UNALIGNED = [
     "q_positions",
     "lse",
 ]
+
+
+TILES_AHEAD = gl.constexpr(3)
 
 
 @gluon.jit
@@ -230,6 +236,8 @@ def packed_kernel(
     num_splits,
     row_blocks,
     patience,
+    num_indices,
+    num_slots,
     NUM_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -281,9 +289,6 @@ def packed_kernel(
     ring = Ring(slots, full, empty, STAGES)
     fence_async_shared()
 
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     shape = Shape(
         NUM_HEADS, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_PE, BLOCK_M, BLOCK_N, WARPS, HAS_POOL, UNIFIED, CAUSAL,
         WINDOW, MASK, MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, window_offsets is not None, LSE, V_SCALED,
@@ -317,6 +322,11 @@ def packed_kernel(
     )  # fmt: skip
     pairs = row_blocks * (NUM_HEADS // GROUP)
     num_splits, patience = gl.to_tensor(num_splits), gl.to_tensor(patience)
+    if PDL:
+        gdc_launch_dependents()
+        if HAS_POOL and not EVEN and TILES_AHEAD >= 0:
+            look_ahead(call, shape, pairs, num_splits, num_indices, num_slots, TILES_AHEAD)
+        gdc_wait()
     if EVEN:
         share = even_share(call, shape, batch_size, pairs)
     else:
