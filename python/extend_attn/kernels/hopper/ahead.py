@@ -42,7 +42,8 @@ def look_ahead(call, shape, pairs, num_splits, num_indices, num_slots, TILES: gl
     """Prefetches the slots of this program's share and the rows of its first TILES tiles, as far as index arrays say
     already which they are. A share is taken from the prefix alone: new tokens move its border by little."""
     SIZE: gl.constexpr = call.k_pool.dtype.element_ty.primitive_bitwidth // 8
-    LINES: gl.constexpr = max(1, (shape.BLOCK_D + shape.BLOCK_PE) * SIZE // 128)
+    COLUMNS: gl.constexpr = shape.BLOCK_D * (1 if shape.BLOCK_PE == 0 else 2)
+    LINES: gl.constexpr = max(1, COLUMNS * SIZE // 128)
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32 // min(LINES, 32), min(LINES, 32)], [gl.num_warps(), 1], [1, 0])
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     INDEX: gl.constexpr = call.kv_indices.dtype.element_ty.primitive_bitwidth // 8

@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .epilogue import store_part, store_result, store_rows
-from .gluon_compat import constexpr_function
+from .gluon_compat import barrier, constexpr_function
 
 HANDED_OVER = gl.constexpr(1)
 ARRIVAL = gl.constexpr(2)
@@ -35,7 +35,7 @@ def finish_pair(call, work, shape, acc, m_i, l_i, pair, part, parts, patience):
     else:
         first = gl.program_id(0) - part
         store_part(call, work, shape, acc, m_i, l_i, slot_of(shape, first, part))
-        gl.thread_barrier()
+        barrier()
         word = call.arrivals + pair
         before = gl.atomic_add(word, ARRIVAL, sem="acq_rel")
         epoch = before & -EPOCH
@@ -58,7 +58,7 @@ def finish_pair(call, work, shape, acc, m_i, l_i, pair, part, parts, patience):
                 if arrived >= parts:  # the last one came in between, and knew nothing of it
                     gl.atomic_and(word, -1 - HANDED_OVER, sem="relaxed")
         if arrived >= parts:
-            gl.thread_barrier()
+            barrier()
             rows = gl.minimum(work.extend_len * shape.GROUP - work.row_first, shape.BLOCK_M)
             if shape.EVEN:  # half as many elements: registers also hold where the program goes on
                 if parts <= FEW:
