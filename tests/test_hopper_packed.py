@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import bars
 import pytest
 import torch
 from modes import GPU
@@ -217,6 +218,32 @@ def test_graphs_of_splits_replay_side_by_side_with_changed_lengths():
             used = case.expected.used
             assert torch.equal(out[used], want[used])
             case.kwargs["kv_indptr"][1:] += cut
+
+
+@gpu
+@pytest.mark.parametrize("share", [{"split_kv": 1}, {"split_kv": 16}, {"programs": 17}])
+@pytest.mark.parametrize("late", ["kv_indptr", "kv_indices", "k_buffer", "v_buffer", "q_extend", "qo_indptr"])
+def test_what_the_kernel_ahead_writes_last_is_seen(late, share):
+    """Dependent launches start, and look ahead at what old indices say, while it still runs."""
+    from late_writer import write_late
+
+    import extend_attn
+
+    mode = GPU[FAMILY]
+    case = mode.case(lengths=[(4, 3000), (2, 700), (3, 0), (1, 1500)], dim=128, heads=(8, 2), layout="plain")
+    plan = {"family": FAMILY, "pdl": True, **share}
+    mode.check(case, plan=plan)
+    tensor = case.kwargs[late]
+    new = tensor.clone()
+    old = new.flip(0) if late == "kv_indices" else torch.zeros_like(new)
+    for _ in range(5):
+        out, buffer = case.out()
+        tensor.copy_(old)
+        torch.cuda.synchronize()
+        write_late(tensor, new)
+        extend_attn.extend_attention_fwd(o_extend=out, plan=plan, **case.kwargs)
+        torch.cuda.synchronize()
+        bars.assert_right(case, out, buffer, None)
 
 
 # -- without a GPU
