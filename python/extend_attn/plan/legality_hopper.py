@@ -19,7 +19,7 @@ PACKED_ROWS_MAX = 64
 # Registers of accumulator, logits, weights and sums that leave a consumer enough for the rest: of 160 with room for two
 # programs a multiprocessor, of 200 to 240, and of 160 where four warpgroups share the registers.
 HELD_OF_TWO, HELD_MAX, HELD_MAX_CROWDED = 80, 176, 112
-BARRIERS = 1024  # bytes: mbarriers and what warp specialisation keeps in shared memory
+BARRIERS = 2560  # bytes: mbarriers, what warp specialisation keeps in shared memory, sums across warps
 
 
 def packed_blocks(problem: Problem) -> Tuple[int, int]:
