@@ -10,7 +10,7 @@ from .device import DeviceSpec
 from .heuristics import heuristic, plain_family
 from .legality import illegal, shared_memory_bytes
 from .sglang_rule import sglang_plan
-from .tile import BLOCK_MAX, BLOCK_MIN, STAGES_MAX, Plan, Tile
+from .tile import BLOCK_M_MIN, BLOCK_MAX, BLOCK_MIN, STAGES_MAX, Plan, Tile
 
 # Below this a K/V tile is too narrow to keep the tensor cores busy; rows are given up before keys are.
 NARROW_BLOCK_N = 32
@@ -109,13 +109,15 @@ def neighbours(plan: Plan) -> Iterator[Plan]:
         {"block_m": tile.block_m // 2, "num_warps": 4},
     ):
         sizes = {**tile.to_json(), **changes}
-        blocks = sizes["block_m"], sizes["block_n"]
-        if 1 <= sizes["num_stages"] <= STAGES_MAX and BLOCK_MIN <= min(blocks) and max(blocks) <= BLOCK_MAX:
+        rows = BLOCK_M_MIN <= sizes["block_m"] <= BLOCK_MAX
+        keys = BLOCK_MIN <= sizes["block_n"] <= BLOCK_MAX
+        if rows and keys and 1 <= sizes["num_stages"] <= STAGES_MAX:
             yield replace(plan, tile=Tile(**sizes))
-    if plan.family == "tiled":
+    if not plan.packed:
         yield replace(plan, pack_gqa=not plan.pack_gqa)
-        yield replace(plan, tma=not plan.tma)
-    elif plan.packed:
+        if not plan.hopper:
+            yield replace(plan, tma=not plan.tma)
+    else:
         yield replace(plan, split_kv=plan.split_kv * 2)
         if plan.split_kv > 1:
             yield replace(plan, split_kv=plan.split_kv // 2)
