@@ -1,0 +1,89 @@
+"""From how many new tokens on which family is the faster: each family's default, on a grid of shapes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from dataclasses import replace
+from typing import Any, Dict, List, Optional, Sequence
+
+from ...problem import Problem
+from .sweep import family_defaults
+from .tune import Limits, Trial, Tuner
+
+BURST_US = 4000.0  # measured time of one figure
+TOKENS = (8, 12, 16, 24, 32, 48, 64)
+HEAD_DIMS = (64, 128, 256, 512)
+GROUPS = (1, 2, 4, 8)
+BATCHES = (1, 16)
+PREFIXES = (0, 2048, 8000)
+KV_HEADS = 4
+GROUP_WITHOUT_PREFIX = 2
+FAMILIES = ("hopper_packed", "hopper_tiled", "tiled")
+
+
+def grid(seed: int = 0) -> List[Problem]:
+    """The shapes in random order, so that a run that is cut short has seen some of each kind."""
+    problems = [
+        Problem(
+            dtype="bfloat16", head_dim_qk=head_dim, head_dim_v=head_dim, num_q_heads=KV_HEADS * group,
+            num_kv_heads=KV_HEADS, batch_size=batch, num_tokens=batch * new, max_len_extend=new,
+            num_kv_indices=batch * prefix,
+        )
+        for new, head_dim, group, batch, prefix in itertools.product(TOKENS, HEAD_DIMS, GROUPS, BATCHES, PREFIXES)
+        if prefix or group == GROUP_WITHOUT_PREFIX
+    ]  # fmt: skip
+    random.Random(seed).shuffle(problems)
+    return problems
+
+
+def crossover(device: str, limits: Limits, out: Optional[str] = None) -> int:
+    """Measures the grid, prints each shape's times and writes them to ``out``. Returns 0; 1 if a result was wrong."""
+    limits = replace(limits, burst_us=BURST_US if limits.burst_us is None else limits.burst_us)
+    lines: List[Dict[str, Any]] = []
+    failed = False
+    with Tuner(device, limits) as tuner:
+        plans = {problem: family_defaults(problem, tuner.spec, FAMILIES)[0] for problem in grid()}
+        for problem, trials in tuner.each(plans):
+            tuner.complain(problem, trials)
+            failed = failed or any(trial.wrong for trial in trials)
+            lines.append(_line(problem, trials))
+        facts = {"device": tuner.name, "triton": tuner.spec.triton, "kv_heads": KV_HEADS}
+        tuner.say("done")
+    lines.sort(key=lambda line: [line[name] for name in ("head_dim", "group", "batch", "prefix", "new")])
+    if out is not None:
+        with open(out, "w", encoding="utf-8") as file:
+            file.write(json.dumps(facts)[:-1] + ', "us": [\n')
+            file.write(",\n".join(json.dumps(line) for line in lines) + "\n]}\n")
+    print(report(lines))
+    return int(failed)
+
+
+def _line(problem: Problem, trials: Sequence[Trial]) -> Dict[str, Any]:
+    p = problem
+    line: Dict[str, Any] = dict(head_dim=p.head_dim_qk, group=p.group, batch=p.batch_size, new=p.max_len_extend)
+    line["prefix"] = p.num_kv_indices // p.batch_size
+    line.update({trial.plan.family: trial.us and round(trial.us, 2) for trial in trials})
+    return line
+
+
+def report(lines: Sequence[Dict[str, Any]]) -> str:
+    """A line for each shape: the fastest family for each number of new tokens, and what the next one takes more."""
+    from ..report import table
+
+    names = ("head_dim", "group", "batch", "prefix")
+    shapes = list(dict.fromkeys(tuple(line[name] for name in names) for line in lines))
+    rows = []
+    for shape in shapes:
+        of = {line["new"]: line for line in lines if tuple(line[name] for name in names) == shape}
+        rows.append([*map(str, shape), *(_winner(of.get(new)) for new in TOKENS)])
+    return table([*names, *(f"{new} new" for new in TOKENS)], rows, left=len(names))
+
+
+def _winner(line: Optional[Dict[str, Any]]) -> str:
+    timed = sorted((line[family], family) for family in FAMILIES if line.get(family)) if line else []
+    if not timed:
+        return "-"
+    second = f" {timed[1][0] / timed[0][0]:.2f}" if len(timed) > 1 else ""
+    return f"{timed[0][1].replace('hopper_', 'h-')} {timed[0][0]:.1f}{second}"
