@@ -11,6 +11,7 @@ from .flex import Flex
 from .ours import Ours
 from .sdpa import Sdpa
 from .sglang import Sglang
+from .vllm import VllmTriton
 
 __all__ = ["OWN", "PROVIDERS", "Device", "Prepared", "Provider", "Skip", "providers_named"]
 
@@ -25,6 +26,7 @@ PROVIDERS: Dict[str, Provider] = {
         FlashAttention3(page_size=1),
         FlashInfer("fa2"),
         FlashInfer("fa3"),
+        VllmTriton(),
         Sdpa("cudnn"),
         Sdpa("flash"),
         Sdpa("efficient"),
