@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from extend_attn.attention import prepare
+from extend_attn.bench.data import make_batch
+from extend_attn.bench.problems import MORE, PUBLISHED
 from extend_attn.bench.providers.base import Skip
 from extend_attn.bench.tuning import crossover
 from extend_attn.bench.tuning import evaluate as evaluation
@@ -192,6 +195,16 @@ def test_the_fastest_right_plan_becomes_a_row_with_its_provenance(answers, tmp_p
     assert best_of([tuning.Trial(GOOD, None, "why")]) is None
 
 
+@pytest.mark.parametrize("us, wins", [(49.5, False), (48.0, True)])
+def test_a_plan_must_beat_the_heuristic_by_more_than_chance(answers, tmp_path, us, wins):
+    own, other = defaults(problem(), H100)[0][:2]
+    answers.times = {other: us}
+    table = tmp_path / "table.json"
+    assert tune([problem()], "cuda", Limits(), table=str(table), command="") == 0
+    row = measured(table)[problem()]
+    assert (row.plan, row.us) == ((other, us) if wins else (own, 50.0))
+
+
 def test_a_run_goes_on_where_it_ended(answers, tmp_path):
     table = str(tmp_path / "table.json")
     several = [problem(batch_size=n, num_tokens=4 * n) for n in (1, 2, 4)]
@@ -304,6 +317,16 @@ def test_problems_from_files_flags_and_models(tmp_path):
     one.write_text(json.dumps(problem().to_json()))
     args = parser.parse_args(["--problem", str(one), "--batch-size", "7"])
     assert command.problems_from(args, parser) == [problem(batch_size=7)]
+
+
+def test_rows_of_the_bench_are_the_problems_of_their_calls():
+    parser = command._parser()
+    found = command.problems_from(parser.parse_args(["--rows", "mla_verify,tree16,fp8_decode64,verify_chat"]), parser)
+    assert [p.num_q_heads for p in found] == [16, 8, 32, 8]
+    for row in MORE + PUBLISHED:
+        row = dataclasses.replace(row, batch=2, prefix=row.prefix and 9, new_tokens=min(row.new_tokens, 4), page=1)
+        batch = make_batch(row, CPU, num_sets=1)
+        assert prepare(*batch.arguments(0), sliding_window_size=batch.window)[1] == row.problem(), row
 
 
 @pytest.mark.parametrize("wrong", [["--model", "head_dim"], ["--model", "heads=3"], ["--problems", "/nowhere"], []])

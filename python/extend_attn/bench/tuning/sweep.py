@@ -6,6 +6,7 @@ nearly as fast. A family whose default is far behind is not stepped around: one 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Iterable, List, Optional, Sequence, Tuple
 
 from ...plan.candidates import fitting, neighbours
@@ -48,7 +49,7 @@ def family_defaults(
             others.append((default, reason))
             default = fitting(problem, default, device)
         if illegal(problem, default, device) is None:
-            legal.append(default)
+            legal.append(replace(default, source="sweep"))
     return legal, others
 
 
@@ -66,7 +67,8 @@ def steps(problem: Problem, device: DeviceSpec, measured: Iterable[Tuple[Plan, O
         if us is None or us > FAR_BEHIND * fastest:
             continue
         found += [*neighbours(plan), *_other_shares(plan, device)]
-    return [plan for plan in dict.fromkeys(found) if plan not in known and illegal(problem, plan, device) is None]
+    legal = (plan for plan in dict.fromkeys(found) if plan not in known and illegal(problem, plan, device) is None)
+    return [replace(plan, source="sweep") for plan in legal]
 
 
 def _time(entry: Tuple[Optional[float], Optional[Plan]]) -> float:
