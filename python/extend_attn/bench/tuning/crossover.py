@@ -8,6 +8,8 @@ import random
 from dataclasses import replace
 from typing import Any, Dict, List, Optional, Sequence
 
+from ...plan.legality import illegal
+from ...plan.tile import Plan
 from ...problem import Problem
 from .sweep import family_defaults
 from .tune import Limits, Trial, Tuner
@@ -21,6 +23,8 @@ PREFIXES = (0, 2048, 8000)
 KV_HEADS = 4
 GROUP_WITHOUT_PREFIX = 2
 FAMILIES = ("hopper_packed", "hopper_tiled", "tiled")
+PAIRED = "hopper_tiled pairs"  # the two consumers of a program take two heads
+COLUMNS = (*FAMILIES, PAIRED)
 
 
 def grid(seed: int = 0) -> List[Problem]:
@@ -44,7 +48,7 @@ def crossover(device: str, limits: Limits, out: Optional[str] = None) -> int:
     lines: List[Dict[str, Any]] = []
     failed = False
     with Tuner(device, limits) as tuner:
-        plans = {problem: family_defaults(problem, tuner.spec, FAMILIES)[0] for problem in grid()}
+        plans = {problem: _plans(problem, tuner) for problem in grid()}
         for problem, trials in tuner.each(plans):
             tuner.complain(problem, trials)
             failed = failed or any(trial.wrong for trial in trials)
@@ -60,11 +64,21 @@ def crossover(device: str, limits: Limits, out: Optional[str] = None) -> int:
     return int(failed)
 
 
+def _plans(problem: Problem, tuner: Tuner) -> List[Plan]:
+    plans = family_defaults(problem, tuner.spec, FAMILIES)[0]
+    paired = [plan.merged({"pack_gqa": not plan.pack_gqa}) for plan in plans if plan.family == "hopper_tiled"]
+    return [*plans, *(plan for plan in paired if illegal(problem, plan, tuner.spec) is None)]
+
+
+def _column(plan: Plan) -> str:
+    return PAIRED if plan.family == "hopper_tiled" and plan.pack_gqa else plan.family
+
+
 def _line(problem: Problem, trials: Sequence[Trial]) -> Dict[str, Any]:
     p = problem
     line: Dict[str, Any] = dict(head_dim=p.head_dim_qk, group=p.group, batch=p.batch_size, new=p.max_len_extend)
     line["prefix"] = p.num_kv_indices // p.batch_size
-    line.update({trial.plan.family: trial.us and round(trial.us, 2) for trial in trials})
+    line.update({_column(trial.plan): trial.us and round(trial.us, 2) for trial in trials})
     return line
 
 
@@ -82,7 +96,7 @@ def report(lines: Sequence[Dict[str, Any]]) -> str:
 
 
 def _winner(line: Optional[Dict[str, Any]]) -> str:
-    timed = sorted((line[family], family) for family in FAMILIES if line.get(family)) if line else []
+    timed = sorted((line[family], family) for family in COLUMNS if line.get(family)) if line else []
     if not timed:
         return "-"
     second = f" {timed[1][0] / timed[0][0]:.2f}" if len(timed) > 1 else ""
