@@ -80,6 +80,37 @@ def test_a_launcher_that_is_not_known_has_no_handle(launcher):
     assert launchers.handle_of(compiled(launcher), (3, 6)) is None
 
 
+def test_the_launcher_beneath_and_what_takes_descriptors_apart(monkeypatch):
+    """As each version wraps them: a function around ``launcher``, and make_tensordesc_arg of two arguments or three."""
+    from triton.backends.nvidia import driver
+
+    def wrapped(launcher):
+        return lambda *arguments: launcher(*arguments)
+
+    class Described(CudaLauncher):
+        launch = staticmethod(wrapped(print))
+
+    Described.__name__ = "CudaLauncher"
+    kernel = compiled(Described)
+    kernel.metadata = SimpleNamespace(tensordesc_meta=["first", "second"])
+    monkeypatch.setattr(driver, "make_tensordesc_arg", lambda arg, metadata: [arg, metadata])
+    handle = launchers.handle_of(kernel, (3, 6))
+    assert handle.launch is print and handle.apart(1, "k") == ["k", "second"]
+    kernel.metadata = SimpleNamespace()
+    monkeypatch.setattr(driver, "make_tensordesc_arg", lambda arg, metadata, launch: [arg, metadata])
+    assert launchers.handle_of(kernel, (3, 9)).apart(1, "k") == ["k", None]
+    assert launchers.handle_of(compiled(), (3, 6)).apart is None
+
+
+def test_the_installed_launcher_is_wrapped_so():
+    import inspect
+
+    from triton.backends.nvidia import driver
+
+    assert "launcher" in inspect.signature(driver.wrap_handle_tensordesc).parameters
+    assert 2 <= driver.make_tensordesc_arg.__code__.co_argcount <= 3
+
+
 def test_a_version_that_is_not_known_has_no_handle():
     assert launchers.handle_of(compiled(), (3, 10)) is None
     broken = SimpleNamespace(run=CudaLauncher(), packed_metadata=())  # without a function
@@ -105,9 +136,9 @@ def test_hooks_of_the_installed_triton_are_where_they_are_looked_for():
 
 
 def test_a_launch_with_hooks_is_not_ready(monkeypatch):
-    one = bound.Bound(torch.device("cuda", 0), [], (), [], False, [[], []])
+    one = bound.Bound(torch.device("cuda", 0), [], (), [], [[], []])
     assert one.ready()
-    assert not bound.Bound(torch.device("cuda", 0), [], (), [], False, [[], [print]]).ready()
+    assert not bound.Bound(torch.device("cuda", 0), [], (), [], [[], [print]]).ready()
     monkeypatch.setattr(bound, "hooked", lambda: True)
     assert not one.ready()
 
@@ -124,19 +155,33 @@ def test_descriptors_of_other_calls():
     one, _ = known(case())
     calls.forget()
     rows, heads, dim = one.k_new.shape
-    make, by_rows = bound._descriptor(Descriptor(one.k_new, [rows, heads, dim], [16, 1, dim]), one)
+    taken = []
+
+    def apart(descriptor):
+        taken.append(descriptor)
+        return [descriptor, 7]
+
+    def described(base, shape, block=()):
+        return bound._Descriptor(Descriptor(base, shape, list(block)), one, apart)
+
+    of_rows = described(one.k_new, [rows, heads, dim], [16, 1, dim])
     addresses = [0] * 20
     addresses[1], addresses[bound._ROWS["k_new"]] = 4096, rows + 9
-    made = make(tuple(addresses))
-    assert by_rows and made.shape == [rows + 9, heads, dim] and made.base.data_ptr() == 4096
-    ragged = [1 << 30, 0x7FFF0000, heads, dim]
-    make, by_rows = bound._descriptor(Descriptor(one.k_new, ragged, [1, 16, 1, dim]), one)
-    assert not by_rows and make(tuple(addresses)).shape == ragged
+    made, seven = of_rows.pieces(tuple(addresses))
+    assert of_rows.rows and made.shape == [rows + 9, heads, dim] and made.base.data_ptr() == 4096 and seven == 7
+    ragged = described(one.k_new, [1 << 30, 0x7FFF0000, heads, dim], [1, 16, 1, dim])
+    assert ragged.rows is None and ragged.pieces(tuple(addresses))[0].shape == [1 << 30, 0x7FFF0000, heads, dim]
+    del taken[:]
+    for address, kept in ((4096, 0), (8192, 1), (4096, 1), (8192, 1)):  # encoded once an address
+        addresses[1] = address
+        assert of_rows.pieces(tuple(addresses))[0].base.data_ptr() == address and len(taken) == kept
+    addresses[bound._ROWS["k_new"]] += 1  # and number of rows
+    assert of_rows.pieces(tuple(addresses))[0].shape[0] == rows + 10 and len(taken) == 2
     for shape in ([1 << 30, rows, heads, dim], [rows * heads, dim]):
         with pytest.raises(bound.Unbindable, match="rows"):
-            bound._descriptor(Descriptor(one.k_new, shape, []), one)
+            described(one.k_new, shape)
     with pytest.raises(bound.Unbindable):
-        bound._descriptor(Descriptor(one.o, [rows, heads, dim], []), one)
+        described(one.o, [rows, heads, dim])
 
 
 def test_alignment_that_no_signature_holds_is_not_bound():
@@ -185,6 +230,53 @@ def test_a_workspace_is_kept_for_its_stream_and_grows(monkeypatch):
     assert workspace.workspaces([small], device)[0] is not workspace.workspaces([small], device)[0]
 
 
+def test_addresses_are_asked_for_once(monkeypatch):
+    """Until a workspace is replaced; each stream, and each call under capture, has its own."""
+    made, stream, capturing, device = [], [1], [False], torch.device("cuda", 0)
+
+    def make(self, device):
+        made.append(torch.zeros(self.elements))
+        return made[-1]
+
+    monkeypatch.setattr(workspace.Workspace, "make", make)
+    monkeypatch.setattr(workspace, "_kept", workspace._Kept())
+    monkeypatch.setattr(workspace, "_reserves", {})
+    monkeypatch.setattr(workspace, "_current_stream", lambda device: stream[0])
+    monkeypatch.setattr(workspace, "_is_capturing", lambda: capturing[0])
+    small, large, token = (workspace.Workspace("partial", 8),), (workspace.Workspace("partial", 64),), object()
+    first = workspace.addresses_of(small, device, 1, token)
+    assert workspace.addresses_of(small, device, 1, token) == first == (made[0].data_ptr(),) and len(made) == 1
+    grown = workspace.addresses_of(large, device, 1, object())
+    assert workspace.addresses_of(small, device, 1, token) == grown != first
+    stream[0] = 2
+    assert workspace.addresses_of(small, device, 2, token) != grown
+    capturing[0] = True
+    before = len(made)
+    workspace.addresses_of(small, device, 2, token)
+    assert len(made) == before + 1
+
+
+def test_zeros_of_captured_calls_come_from_a_reserve(monkeypatch):
+    """Each has its own, of memory that was zeroed by an eager call; a graph zeroes its own where none is left."""
+    capturing, device = [False], torch.device("cuda", 0)
+    made = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: made.append(zeros(n, dtype=dtype)) or made[-1])
+    monkeypatch.setattr(workspace, "RESERVE", 128)
+    monkeypatch.setattr(workspace, "_kept", workspace._Kept())
+    monkeypatch.setattr(workspace, "_reserves", {})
+    monkeypatch.setattr(workspace, "_current_stream", lambda device: 1)
+    monkeypatch.setattr(workspace, "_is_capturing", lambda: capturing[0])
+    words = workspace.Workspace("arrivals", 40, torch.int32, zeroed=True)
+    workspace.workspaces([words], device)
+    assert [t.numel() for t in made] == [40, 128]
+    capturing[0] = True
+    first, second = (workspace.workspaces([words], device)[0] for _ in range(2))
+    assert len(made) == 2 and second.data_ptr() - first.data_ptr() == 4 * 64 and first.numel() == 40
+    workspace.workspaces([words], device)
+    assert made[-1].numel() == 40 and len(made) == 3
+
+
 # -- how many kernels a model compiles
 
 MODELS = {
@@ -192,13 +284,16 @@ MODELS = {
     "full and sliding layers": dict(head_dim=256, num_q_heads=8, num_kv_heads=4, sliding_window=(-1, 1023)),
     "d128": dict(head_dim=128, num_q_heads=32, num_kv_heads=8),
     "d512": dict(head_dim=512, num_q_heads=8, num_kv_heads=2),
+    "fp8": dict(head_dim=128, num_q_heads=32, num_kv_heads=8, kv_dtype="float8_e4m3fn"),
+    "latent": dict(
+        head_dim=576, head_dim_v=512, num_q_heads=16, num_kv_heads=1, v_aliases_k_pool=True, v_aliases_k_new=True
+    ),
 }
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_a_model_compiles_few_kernels(arch):
-    """Decode, verification and prefill, with and without prefix, batches from 1 to 256: at most 12 kernels, and 16
-    where the Hopper families choose between two sizes of their rings."""
+    """Decode, verification and prefill, with and without prefix, batches from 1 to 256: at most 12 kernels."""
     code = f"""
 from extend_attn import DeviceSpec, Problem
 from extend_attn.warming import variants_of
@@ -211,5 +306,4 @@ for name, model in {MODELS!r}.items():
     assert done.returncode == 0, done.stderr
     counts = {line.split(maxsplit=1)[1]: int(line.split()[0]) for line in done.stdout.splitlines()}
     assert counts.keys() == MODELS.keys()
-    most = 16 if arch == "sm_90" else 12
-    assert all(4 <= count <= most for count in counts.values()), counts
+    assert all(4 <= count <= 12 for count in counts.values()), counts

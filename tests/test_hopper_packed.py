@@ -126,15 +126,97 @@ def test_even_shares_of_many_sequences(batch, spread):
     check({"programs": 132}, dim=64, heads=(2, 1), lengths=[(e, max(p, 0)) for e, p in lengths])
 
 
+# Rows and columns that divide into slices in every way: one row, half a row, several; few parts and many.
+MERGED = [
+    dict(dim=256, heads=(8, 4), lengths=[(4, 8000), (4, 300), (1, 5000), (0, 0), (2, 0)]),
+    dict(dim=64, heads=(2, 1), lengths=[(1, 6000)]),
+    dict(dim=128, heads=(32, 2), lengths=[(4, 3000), (3, 4500)], sinks=torch.float32),
+    dict(dim=256, heads=(32, 2), lengths=[(4, 3000)], logit_cap=20.0),
+    dict(dim=512, heads=(8, 2), lengths=[(4, 3000), (2, 900)]),
+    dict(dim=576, dim_v=512, heads=(16, 1), alias=True, lengths=[(4, 3000)]),
+]
+
+
 @gpu
-@pytest.mark.parametrize("splits", [1, 7])
-def test_repeats_are_bit_identical(splits):
+@pytest.mark.parametrize("patience", [None, 0])
+@pytest.mark.parametrize("splits", [2, 4, 7, 16, 33])
+@pytest.mark.parametrize("spec", MERGED, ids=lambda spec: f"{spec['dim']}-{spec['heads'][0]}")
+def test_parts_are_merged(monkeypatch, spec, splits, patience):
+    """By all programs together, and by the last one to arrive where nobody waits."""
+    if patience is not None:
+        from extend_attn.kernels.hopper import launch_packed
+
+        monkeypatch.setattr(launch_packed, "PATIENCE", patience)
+    check({"split_kv": splits}, **spec)
+    _words_are_ready()
+
+
+def _words_are_ready():
+    """Every word of arrivals is at the begin of an epoch once the launches are over."""
+    from extend_attn.kernels import workspace
+
+    torch.cuda.synchronize()
+    kept = [words for key, words in workspace._kept.tensors.items() if key[2] == "arrivals"]
+    assert kept and all((words % (1 << 16) == 0).all() for words in kept)
+
+
+def _repeats(case, plan, times):
     mode = GPU[FAMILY]
-    case = mode.case(lengths=RAGGED, dim=256, heads=(8, 4))
-    first, _, _ = mode.call(case, plan={"family": FAMILY, "split_kv": splits})
-    for _ in range(150):
-        again, _, _ = mode.call(case, plan={"family": FAMILY, "split_kv": splits})
-        assert torch.equal(first.nan_to_num(), again.nan_to_num())
+    first, _, _ = mode.call(case, plan=plan)
+    return all(
+        torch.equal(first.nan_to_num(), mode.call(case, plan=plan)[0].nan_to_num()) for _ in range(times)
+    )  # fmt: skip
+
+
+@gpu
+@pytest.mark.parametrize("share", [{"split_kv": 1}, {"split_kv": 7}, {"split_kv": 16}, {"programs": 17}])
+def test_repeats_are_bit_identical(share):
+    assert _repeats(GPU[FAMILY].case(lengths=RAGGED, dim=256, heads=(8, 4)), {"family": FAMILY, **share}, 150)
+
+
+@gpu
+def test_repeats_on_a_busy_gpu_are_bit_identical():
+    """Programs that are kept from starting hand their slices over; no bit shows who merged."""
+    case = GPU[FAMILY].case(lengths=[(4, 8000)], dim=256, heads=(8, 4))
+    noise = torch.randn(2048, 2048, device="cuda")
+    other = torch.cuda.Stream()
+    for _ in range(30):
+        with torch.cuda.stream(other):
+            for _ in range(4):
+                noise = (noise @ noise).tanh()
+        assert _repeats(case, {"family": FAMILY, "split_kv": 33}, 5)
+    _words_are_ready()
+
+
+@gpu
+def test_graphs_of_splits_replay_side_by_side_with_changed_lengths():
+    """Each capture has words of its own, and takes none that a replay would have to zero."""
+    plan = {"family": FAMILY, "split_kv": 16}
+    mode = GPU[FAMILY]
+    cases = [mode.case(lengths=[(4, 3000), (2, 5000)], dim=128, heads=(8, 2), seed=seed) for seed in (1, 2)]
+    expected = [mode.check(case, plan=plan) for case in cases]
+    graphs, outs = [], []
+    for case in cases:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs.append(mode.call(case, plan=plan)[0])
+        graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in cases]
+    for cut in (0, 2900, 0, 2999):
+        for case, out in zip(cases, outs):
+            out.fill_(float("nan"))
+            case.kwargs["kv_indptr"][1:] -= cut  # sequences begin or end earlier
+        wanted = [mode.call(case, plan=plan)[0] for case in cases] if cut else expected
+        torch.cuda.synchronize()
+        for _ in range(20):
+            for graph, stream in zip(graphs, streams):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+        torch.cuda.synchronize()
+        for case, out, want in zip(cases, outs, wanted):
+            used = case.expected.used
+            assert torch.equal(out[used], want[used])
+            case.kwargs["kv_indptr"][1:] += cut
 
 
 # -- without a GPU

@@ -252,7 +252,7 @@ def _facts(is_unified: bool, tensors: tuple) -> Tuple[_Sizes, tuple]:
         (num_slots, k_facts), (num_values, v_facts) = _rows(k_pool), _rows(v_pool)
         k_pool_at, v_pool_at = k_pool.data_ptr(), v_pool.data_ptr()
         bits |= k_pool_at | v_pool_at
-        pool = (k_facts, v_facts, k_pool_at == v_pool_at, num_slots == num_values)
+        pool = (k_facts, v_facts, k_pool_at == v_pool_at, num_slots, num_values)
     at = (q_at, k_at, v_at, o_at, k_pool_at, v_pool_at)
     if bits % ALIGNMENT:  # kernels are specialised for the alignment of each
         more = (bits % ALIGNMENT, *[a is not None and a % ALIGNMENT == 0 for a in at])

@@ -12,6 +12,7 @@ not known, a kernel that did not run yet, hooks that want to see launches), Trit
 
 from __future__ import annotations
 
+import functools
 from operator import itemgetter
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -21,10 +22,10 @@ from ..inputs import ALIGNMENT, Inputs
 from .compat import INTERPRETED
 from .launchers import Handle, handle_of, hooked
 from .recipe import NUM_TENSORS, Kernel, Recipe
-from .workspace import Workspace, workspaces
+from .workspace import Workspace, addresses_of, workspaces
 
 # A launch picks its arguments from the call's addresses as calls.py makes them (of the tensors of Inputs, in their
-# order, then the rows of k_new and v_new, then None), those of workspaces, and descriptors.
+# order, then the rows of k_new and v_new, then None), those of workspaces, and what descriptors come apart into.
 _SLOTS = {name: i for i, name in enumerate(Inputs._fields[:NUM_TENSORS])}
 _ROWS = {"k_new": NUM_TENSORS, "v_new": NUM_TENSORS + 1}
 _NONE = NUM_TENSORS + 2
@@ -33,6 +34,7 @@ _ALIGNED = ("q", "k_new", "v_new", "o", "k_pool", "v_pool")
 _DESCRIBED = ("q", "k_new", "v_new")
 _UNBOUNDED = 1 << 30  # a descriptor's dim of this size has nothing to do with a tensor's rows
 MAX_HANDLES = 4096  # past this what is known is dropped and found anew
+MAX_DESCRIBED = 256  # addresses and rows that a descriptor is kept for; an allocator hands the same few out again
 
 _handles: Dict[tuple, Optional[Handle]] = {}
 
@@ -57,20 +59,20 @@ class _Launch(NamedTuple):
 class Bound:
     """The launches of a recipe for calls of one kind on one device. Ask ``ready`` before each ``launch``."""
 
-    __slots__ = ("_descriptors", "_device", "_hooks", "_launches", "_others", "_workspaces", "needs_rows")
+    __slots__ = ("_descriptors", "_device", "_hooks", "_launches", "_others", "_token", "_workspaces", "needs_rows")
 
     def __init__(
         self,
         device: torch.device,
         launches: Sequence[_Launch],
         workspaces: Sequence[Workspace],
-        descriptors: Sequence[Callable[[tuple], Any]],
-        needs_rows: bool,
+        descriptors: Sequence[_Descriptor],
         hooks: Sequence[list],
     ) -> None:
         self._device, self._launches, self._hooks = device, launches, hooks
         self._workspaces, self._descriptors = workspaces, descriptors
-        self.needs_rows = needs_rows
+        self.needs_rows = any(one.rows is not None for one in descriptors)
+        self._token = object()
         self._others = torch.cuda.device_count() > 1
 
     def ready(self) -> bool:
@@ -84,10 +86,9 @@ class Bound:
         stream = _current_stream(self._device.index)
         values = addresses
         if self._workspaces:
-            kept = workspaces(self._workspaces, self._device)
-            values += tuple([t.data_ptr() for t in kept])
-        if self._descriptors:
-            values += tuple([make(addresses) for make in self._descriptors])
+            values += addresses_of(self._workspaces, self._device, stream, self._token)
+        for descriptor in self._descriptors:
+            values += descriptor.pieces(addresses)
         for launch, grid, head, pick, numbers, one_tuple in self._launches:
             if one_tuple:
                 launch(*grid, stream, *head, (*pick(values), *numbers))
@@ -115,9 +116,8 @@ def bind(recipe: Recipe, inputs: Inputs) -> Union[Bound, None, bool]:
         return False
     own = workspaces(recipe.workspaces, device)
     launches: List[_Launch] = []
-    descriptors: List[Callable[[tuple], Any]] = []
-    first_descriptor = _NONE + 1 + len(own)
-    needs_rows = False
+    descriptors: List[_Descriptor] = []
+    first_piece = _NONE + 1 + len(own)
     try:
         for kernel, tensors in zip(recipe.kernels, recipe.tensors(inputs, *own)):
             key = _key(kernel, [*tensors, *kernel.numbers], device.index)
@@ -126,13 +126,18 @@ def bind(recipe: Recipe, inputs: Inputs) -> Union[Bound, None, bool]:
             handle = _handles[key]
             if handle is None:
                 return False
-            slots = []
+            slots: List[int] = []
+            described = 0
             for name, argument in zip(kernel.function.arg_names, tensors):
                 if _is_descriptor(argument):
-                    make, by_rows = _descriptor(argument, inputs)
-                    needs_rows = needs_rows or by_rows
-                    descriptors.append(make)
-                    slots.append(first_descriptor + len(descriptors) - 1)
+                    if handle.apart is None:
+                        raise Unbindable(f"{name}: a descriptor that only Triton's own dispatch takes apart")
+                    one = _Descriptor(argument, inputs, functools.partial(handle.apart, described))
+                    descriptors.append(one)
+                    described += 1
+                    pieces = len(one.apart(argument))
+                    slots.extend(range(first_piece, first_piece + pieces))
+                    first_piece += pieces
                 else:
                     slots.append(_slot(name, argument, inputs, own))
             numbers = (*kernel.numbers, *kernel.values) if handle.with_constants else kernel.numbers
@@ -141,7 +146,7 @@ def bind(recipe: Recipe, inputs: Inputs) -> Union[Bound, None, bool]:
     except Unbindable:
         return False
     hooks = [kernel.function.pre_run_hooks for kernel in recipe.kernels]
-    return Bound(device, launches, recipe.workspaces, descriptors, needs_rows, hooks)
+    return Bound(device, launches, recipe.workspaces, descriptors, hooks)
 
 
 def _slot(name: str, argument: Any, inputs: Inputs, own: Sequence[torch.Tensor]) -> int:
@@ -173,27 +178,45 @@ class _Address:
         return self.address
 
 
-def _descriptor(like: Any, inputs: Inputs) -> Tuple[Callable[[tuple], Any], bool]:
-    """(makes descriptors of other calls from one that passed its constructor's checks, whether their first dim is the
-    tensor's rows). The query's rows are the same in all calls of a Prepared, those of k_new and v_new need not be."""
-    name = next((name for name in _DESCRIBED if like.base is getattr(inputs, name)), None)
-    if name is None or not hasattr(like, "__dict__"):
-        raise Unbindable(f"a descriptor of {type(like.base).__name__}: not of the query, the new keys or values")
-    kind, fields, shape = type(like), dict(like.__dict__), list(like.shape)
-    slot = _SLOTS[name]
-    rows = _ROWS[name] if name in _ROWS and shape[0] == like.base.shape[0] else None
-    inner = {*like.base.shape[1:]} if name in _ROWS else {*like.base.shape}
-    if any(n not in inner and n < _UNBOUNDED for n in shape[1 if rows else 0 :]):
-        raise Unbindable(f"a descriptor of {name} with dims {shape}: they may depend on its rows")
+class _Descriptor:
+    """What a kernel is passed for a descriptor of another call's tensor, made from one that passed its constructor's
+    checks. ``rows``: where a call's rows are, if the first dim is its tensor's rows; the query's are the same in all
+    calls of a Prepared, those of k_new and v_new need not be. ``apart`` (launchers.py) encodes a descriptor; that takes
+    as long as a launch, so that the pieces are kept by address."""
 
-    def make(addresses: tuple) -> Any:
-        new = object.__new__(kind)
-        new.__dict__.update(fields, base=_Address(addresses[slot]))
-        if rows is not None:
-            new.__dict__["shape"] = [addresses[rows], *shape[1:]]
+    __slots__ = ("apart", "rows", "_fields", "_kept", "_kind", "_shape", "_slot")
+
+    def __init__(self, like: Any, inputs: Inputs, apart: Callable[[Any], Sequence[Any]]) -> None:
+        name = next((name for name in _DESCRIBED if like.base is getattr(inputs, name)), None)
+        if name is None or not hasattr(like, "__dict__"):
+            raise Unbindable(f"a descriptor of {type(like.base).__name__}: not of the query, the new keys or values")
+        self.apart, self._kind, self._fields, self._shape = apart, type(like), dict(like.__dict__), list(like.shape)
+        self._slot = _SLOTS[name]
+        self.rows = _ROWS[name] if name in _ROWS and self._shape[0] == like.base.shape[0] else None
+        self._kept: Dict[Any, tuple] = {}
+        inner = {*like.base.shape[1:]} if name in _ROWS else {*like.base.shape}
+        if any(n not in inner and n < _UNBOUNDED for n in self._shape[1 if self.rows else 0 :]):
+            raise Unbindable(f"a descriptor of {name} with dims {self._shape}: they may depend on its rows")
+
+    def pieces(self, addresses: tuple) -> tuple:
+        """The kernel's arguments for a call with these addresses."""
+        key = address = addresses[self._slot]
+        if self.rows is not None:
+            key = (address, addresses[self.rows])
+        found = self._kept.get(key)
+        if found is None:
+            if len(self._kept) >= MAX_DESCRIBED:
+                self._kept.clear()
+            found = self._kept[key] = tuple(self.apart(self.like(addresses)))
+        return found
+
+    def like(self, addresses: tuple) -> Any:
+        """The descriptor itself."""
+        new = object.__new__(self._kind)
+        new.__dict__.update(self._fields, base=_Address(addresses[self._slot]))
+        if self.rows is not None:
+            new.__dict__["shape"] = [addresses[self.rows], *self._shape[1:]]
         return new
-
-    return make, rows is not None
 
 
 def _key(kernel: Kernel, arguments: Sequence[Any], device: int) -> tuple:

@@ -1,4 +1,5 @@
-"""Merges the partial results of the packed family's splits, in split order, so that repeats are bit-identical."""
+"""Merges the partial results of splits (of the plain packed family and of hopper_tiled) in split order, so that repeats
+are bit-identical."""
 
 from __future__ import annotations
 
@@ -20,7 +21,6 @@ def combine_kernel(
     lse,
     partial,
     partial_ml,
-    shares,
     stride_ot,
     stride_oh,
     num_splits,
@@ -34,13 +34,11 @@ def combine_kernel(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
-    EVEN: tl.constexpr,
 ):
     """One program a row. ``partial`` [tiles, num_splits, BLOCK_M, BLOCK_DV], ``partial_ml`` [tiles, num_splits, 2,
     BLOCK_M] (maximum and sum in base 2; a split without keys left a sum of 0 and no accumulator).
 
-    EVEN: slots are programs' and not tiles' (hopper/shares.py); ``shares`` [tiles, 2] has the first program of a tile
-    and how many took part, which is 1 where the result is there already.
+    All loads of a step are issued before any is used: an accumulator that is not there is read, and not taken.
     """
     HEAD_BLOCKS: tl.constexpr = NUM_HEADS // ROWS
     tile = tl.program_id(0) // BLOCK_M
@@ -58,12 +56,6 @@ def combine_kernel(
         gdc_wait()
 
     start = tile.to(tl.int64) * num_splits
-    if EVEN:
-        start = tl.load(shares + 2 * tile).to(tl.int64)
-        num_splits = tl.load(shares + 2 * tile + 1)
-        if num_splits <= 1:
-            return
-
     i = tl.arange(0, CHUNK)
     d = tl.arange(0, BLOCK_DV)
     acc = tl.zeros([1, BLOCK_DV], tl.float32)
@@ -71,13 +63,12 @@ def combine_kernel(
     l_i = tl.zeros([1], tl.float32)
     for first in tl.range(0, num_splits, CHUNK, num_stages=1):
         slot = start + first + i
-        if EVEN:
-            slot = 2 * slot + tl.where(first + i == 0, 1, 0)
         ok = first + i < num_splits
         m = tl.load(partial_ml + slot * (2 * BLOCK_M) + r, mask=ok, other=float("-inf"))
         l = tl.load(partial_ml + slot * (2 * BLOCK_M) + BLOCK_M + r, mask=ok, other=0.0)
-        used = ok & (l != 0.0)
-        part = tl.load(partial + (slot * BLOCK_M + r)[:, None] * BLOCK_DV + d[None, :], mask=used[:, None], other=0.0)
+        part = tl.load(partial + (slot * BLOCK_M + r)[:, None] * BLOCK_DV + d[None, :], mask=ok[:, None], other=0.0)
+        used = l != 0.0
+        part = tl.where(used[:, None], part, 0.0)
         m_new = tl.maximum(m_i, tl.max(m, 0))
         finite = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = tl.exp2(m_i - finite)

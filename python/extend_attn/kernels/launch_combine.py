@@ -1,4 +1,4 @@
-"""The launch of the combine kernel, which every family has after kernels that share a tile's keys."""
+"""The launch of the combine kernel, after kernels that share a tile's keys (hopper_packed merges by itself)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ def combine_after(
     plan: Plan, inputs: Inputs, problem: Problem, block_dv: int, tiles: int, row_blocks: int, pdl: bool,
     shape: Optional[Tuple[int, int]] = None,
 ) -> Tuple[Kernel, Tuple[Workspace, ...]]:  # fmt: skip
-    """The combine kernel after ``plan.split_kv`` splits of so many tiles, or after ``plan.programs`` even shares of
-    them all, and its workspaces: the parts' results, their maxima and sums, and which programs had a share of a tile
-    (a single element after splits, which know). ``shape``: rows of a tile and rows a token (None: a packed tile's)."""
+    """The combine kernel after ``plan.split_kv`` splits of so many tiles, and its workspaces: the parts' results, their
+    maxima and sums. ``shape``: rows of a tile and rows a token (None: a packed tile's)."""
     block_m, rows = shape or (plan.tile.block_m, problem.group)
     splits = plan.split_kv
     few, many = (max(2, elements // block_dv) for elements in COMBINE_ELEMENTS)
-    chunk = few if (plan.programs or splits) <= few else many
+    chunk = few if splits <= few else many
     constants = dict(
         NUM_HEADS=problem.num_q_heads,
         HEAD_DIM_V=problem.head_dim_v,
@@ -40,7 +39,6 @@ def combine_after(
         ROWS=rows,
         CHUNK=chunk,
         PDL=pdl,
-        EVEN=plan.programs > 0,
     )
     combine = kernel(
         combine_kernel,
@@ -50,9 +48,8 @@ def combine_after(
         num_warps=4 if chunk == few else 8,
         **launch_options(pdl),
     )
-    slots = (2 * plan.programs or tiles * splits) * block_m
-    shares = Workspace("shares", 2 * tiles if plan.programs else 1, torch.int32)
-    return combine, (Workspace("partial", slots * block_dv), Workspace("partial_ml", slots * 2), shares)
+    rows = tiles * splits * block_m
+    return combine, (Workspace("partial", rows * block_dv), Workspace("partial_ml", rows * 2))
 
 
 def combine_tensors(inputs: Inputs, *parts: torch.Tensor) -> List[object]:

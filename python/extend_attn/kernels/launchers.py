@@ -4,11 +4,16 @@ A launcher takes grid, stream and function, then a few options and hooks, then t
 may be plain addresses. What stands in the middle changes from version to version; ``_MIDDLE`` holds it for the versions
 that were read. Every other version, launcher (AMD's) or kernel (one that needs scratch memory) has no handle, and its
 calls keep to Triton's own dispatch.
+
+Of a kernel that takes TMA descriptors, Triton wraps the C launcher in a function that takes each apart into an encoded
+map, sizes and strides, anew in each launch. The handle has the launcher beneath and what takes one apart, so that the
+pieces can be kept.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from types import FunctionType
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import triton
 
@@ -36,13 +41,15 @@ _WITH_CONSTANTS = (3, 3)  # from here on compile-time arguments are among them
 
 class Handle(NamedTuple):
     """A compiled and loaded kernel: ``launch(x, y, z, stream, *head, *arguments)``, the arguments as one tuple if
-    ``one_tuple``. ``kernel`` keeps the module loaded."""
+    ``one_tuple``. ``apart(i, descriptor)``: the arguments that stand for its i-th descriptor, None where no kernel's
+    can be had. ``kernel`` keeps the module loaded."""
 
     launch: Callable[..., None]
     head: tuple
     one_tuple: bool
     with_constants: bool
     kernel: Any
+    apart: Optional[Callable[[int, Any], Sequence[Any]]] = None
 
 
 def handle_of(kernel: Any, version: Tuple[int, int] = TRITON_VERSION) -> Optional[Handle]:
@@ -57,9 +64,31 @@ def handle_of(kernel: Any, version: Tuple[int, int] = TRITON_VERSION) -> Optiona
         if type(launcher).__name__ != "CudaLauncher" or function is None or scratch or sanitized:
             return None
         head = [kernel.packed_metadata if name == _METADATA else name and getattr(launcher, name) for name in middle]
-        return Handle(launcher.launch, (function, *head), version >= _ONE_TUPLE, version >= _WITH_CONSTANTS, kernel)
-    except AttributeError:  # a build that is not what its version says
+        launch, apart = launcher.launch, None
+        if isinstance(launch, FunctionType) and _BENEATH in launch.__code__.co_freevars:
+            launch, apart = _beneath(launch, kernel)
+        one_tuple, with_constants = version >= _ONE_TUPLE, version >= _WITH_CONSTANTS
+        return Handle(launch, (function, *head), one_tuple, with_constants, kernel, apart)
+    except (AttributeError, ImportError):  # a build that is not what its version says
         return None
+
+
+_BENEATH = "launcher"  # what the wrapper calls the C launcher
+
+
+def _beneath(wrapper: FunctionType, kernel: Any) -> Tuple[Callable[..., None], Callable[[int, Any], Sequence[Any]]]:
+    """The launcher under a wrapper, and what the wrapper does to a descriptor."""
+    from triton.backends.nvidia import driver
+
+    take_apart = driver.make_tensordesc_arg
+    several = take_apart.__code__.co_argcount > 2  # from 3.9 on it is also shown the launch, for its errors
+    facts = getattr(kernel.metadata, "tensordesc_meta", None)
+
+    def apart(i: int, descriptor: Any) -> Sequence[Any]:
+        return take_apart(descriptor, facts[i] if facts else None, *((None,) if several else ()))
+
+    cells = dict(zip(wrapper.__code__.co_freevars, wrapper.__closure__ or ()))
+    return cells[_BENEATH].cell_contents, apart
 
 
 def hooked() -> bool:

@@ -10,6 +10,7 @@ from triton.language.core import _aggregate as aggregate
 
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 gather_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 constexpr_function = gluon.constexpr_function
 
 

@@ -1,8 +1,9 @@
-"""The launches of the packed Hopper family: its kernel, and the combine kernel after splits."""
+"""The launch of the packed Hopper family."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+import functools
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
@@ -11,11 +12,15 @@ from ...plan.legality_hopper import is_fp8, packed_blocks, packed_registers, v_i
 from ...plan.tile import Plan
 from ...problem import Problem
 from ..compat import launch_options
-from ..launch_combine import combine_after, combine_tensors
 from ..recipe import NUM_TENSORS, Recipe, features, kernel, numbers
+from ..workspace import Workspace
 from .packed import packed_kernel
 
 PRODUCER_WARPS = 4
+# How often a program looks whether the others of its pair have arrived, each time less than a microsecond, before it
+# hands its slice of the merge over. Programs of one wave end within a few microseconds of one another.
+PATIENCE = 32
+INT32_MAX = 2**31 - 1
 FP8_CODES = {"float8_e4m3fn": 1, "float8_e5m2": 2}  # as fp8_rows.py names them
 
 
@@ -25,6 +30,8 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     row_blocks = -(-problem.max_len_extend * group // tile.block_m)
     tiles = problem.batch_size * row_blocks * problem.num_kv_heads
     splits = plan.split_kv
+    slots = 0 if inputs.k_pool is None else min(inputs.k_pool.shape[0], INT32_MAX)
+    patience = PATIENCE if tiles * splits <= multiprocessors(inputs.q.device) else 0
     registers, producer_registers = packed_registers(problem, plan)
     constants = dict(
         _constants(inputs, problem),
@@ -40,7 +47,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     packed = kernel(
         packed_kernel,
         plan.programs or tiles * splits,
-        numbers(inputs, splits, row_blocks),
+        (*numbers(inputs, splits, row_blocks), patience, min(inputs.kv_indices.numel(), INT32_MAX), slots),
         constants,
         num_warps=tile.num_warps,
         maxnreg=registers,
@@ -48,30 +55,38 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     )
     if splits == 1 and plan.programs == 0:
         return Recipe((packed,), _tensors)
-    block_dv = constants["BLOCK_D"]
-    combine, workspaces = combine_after(plan, inputs, problem, block_dv, tiles, row_blocks, plan.pdl)
-    return Recipe((packed, combine), _tensors_of_parts, workspaces)
+    rows = (2 * plan.programs or tiles * splits) * tile.block_m
+    return Recipe(
+        (packed,),
+        _tensors,
+        (
+            Workspace("partial", rows * constants["BLOCK_D"]),
+            Workspace("partial_ml", rows * 2),
+            Workspace("arrivals", tiles, torch.int32, zeroed=True),
+        ),
+    )
 
 
-def _tensors(inputs: Inputs) -> Tuple[List[object], ...]:
-    return (_packed_tensors(inputs, (None, None, None)),)
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132  # compiled for one that is not here
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tensors_of_parts(inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
-    return _packed_tensors(inputs, parts), combine_tensors(inputs, *parts)
-
-
-def _packed_tensors(inputs: Inputs, parts: Sequence[Optional[torch.Tensor]]) -> List[object]:
+def _tensors(inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
     """With ``recipe.numbers``, the one place that knows the order of packed_kernel's arguments."""
+    partial, partial_ml, arrivals = parts or (None, None, None)
     (q, k_new, v_new, o, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr, sinks,
      window_offsets, q_positions, lse) = inputs[:NUM_TENSORS]  # fmt: skip
     if mask is not None:
         mask = mask.view(torch.uint8)
-    return [
+    tensors = [
         q, k_new, v_new, o, codes_of(k_pool), codes_of(v_pool),
         qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr,
-        sinks, window_offsets, q_positions, lse, *parts,
+        sinks, window_offsets, q_positions, lse, partial, partial_ml, arrivals,
     ]  # fmt: skip
+    return (tensors,)
 
 
 def codes_of(pool: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
@@ -83,6 +98,7 @@ def _constants(inputs: Inputs, problem: Problem) -> Dict[str, Any]:
     block_d, block_pe = packed_blocks(problem)
     fp8 = is_fp8(problem)
     scaled = problem.has_pool and (inputs.k_scale != 1.0 or inputs.v_scale != 1.0)
+    on = features(inputs, problem)
     return dict(
         NUM_HEADS=problem.num_q_heads,
         GROUP=problem.group,
@@ -90,7 +106,7 @@ def _constants(inputs: Inputs, problem: Problem) -> Dict[str, Any]:
         HEAD_DIM_V=problem.head_dim_v,
         BLOCK_D=block_d,
         BLOCK_PE=block_pe,
-        **features(inputs, problem),
+        **{**on, "V_SCALED": on["V_SCALED"] or fp8},  # one kernel for all scales
         V_IS_K=v_is_k(problem),
         NEGATE_Q=inputs.sm_scale < 0,
         APART=(fp8 or scaled) and not problem.unified,

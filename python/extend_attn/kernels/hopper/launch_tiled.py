@@ -102,7 +102,7 @@ def _tensors(boxes: Boxes, inputs: Inputs) -> Tuple[List[object], ...]:
 
 
 def _tensors_of_splits(boxes: Boxes, inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
-    partial, partial_ml, _ = parts
+    partial, partial_ml = parts
     return _tiled_tensors(boxes, inputs, partial, partial_ml), combine_tensors(inputs, *parts)
 
 

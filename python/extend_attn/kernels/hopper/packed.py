@@ -9,7 +9,7 @@ cores; only Q and P take shared memory beside it.
       -> ring         K and V tiles in turn
     consumer warps    S^T, mask, softmax, P to shared memory, O^T; at the end the result, or a split's part of it
 
-Splits are merged by the combine kernel of the plain families.
+Programs that share a list merge their parts at the end of the same launch (merge.py).
 """
 
 from triton.experimental import gluon
@@ -21,13 +21,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .epilogue import store_part, store_result
+from .ahead import look_ahead
+from .epilogue import store_result
 from .fp8_rows import produce_fp8
 from .gather import produce
 from .gluon_compat import reinterpret
+from .merge import finish_pair
 from .packed_work import Call, Shape, key_index, key_positions, tile_keys
 from .ring import Ring, barriers
-from .shares import Share, even_share, next_work
+from .shares import Share, even_share, next_work, parts_of
 from .softmax import logits, step
 
 UNSPECIALIZED = [
@@ -41,6 +43,9 @@ UNSPECIALIZED = [
     "log2_temperature_len",
     "num_splits",
     "row_blocks",
+    "patience",
+    "num_indices",
+    "num_slots",
 ]
 UNALIGNED = [
     "qo_indptr",
@@ -54,6 +59,9 @@ UNALIGNED = [
     "q_positions",
     "lse",
 ]
+
+
+TILES_AHEAD = gl.constexpr(3)
 
 
 @gluon.jit
@@ -110,7 +118,7 @@ def _fold_values(acc, p, alpha, slot, p_tile, kind: gl.constexpr):
 
 
 @gluon.jit
-def _consume(call, shape, share, ring, pe, q_tile, q_pe, p_tile, pairs, num_splits):
+def _consume(call, shape, share, ring, pe, q_tile, q_pe, p_tile, pairs, num_splits, patience):
     """The consumer's partition."""
     MMA: gl.constexpr = shape.MMA
     ROWS: gl.constexpr = gl.SliceLayout(0, MMA)
@@ -175,19 +183,11 @@ def _consume(call, shape, share, ring, pe, q_tile, q_pe, p_tile, pairs, num_spli
         if shape.V_SCALED:
             acc = acc * gl.where(work.last <= work.pool_tiles, call.v_scale, 1.0)
         l_i = gl.sum(sums, 0)
-        if shape.SPLIT:
-            store_part(call, work, shape, acc, m_i, l_i, gl.program_id(0))
-        elif shape.EVEN:
-            if work.first == 0:
-                programs = (start + gl.maximum(work.tiles, 1) - 1) // share.size - gl.program_id(0) + 1
-                at = call.shares + 2 * (work.sequence * pairs + work.pair)
-                gl.store(at, gl.program_id(0))
-                gl.store(at + 1, programs)
-            if (work.first == 0) & (work.last == work.tiles):
-                store_result(call, work, shape, acc, m_i, l_i)
-            elif work.first < work.last:
-                slot = 2 * gl.program_id(0) + gl.where(work.first == 0, 1, 0)
-                store_part(call, work, shape, acc, m_i, l_i, slot)
+        if shape.SPLIT or shape.EVEN:
+            part, parts = parts_of(shape, share, work, start, num_splits)
+            if part < parts:
+                pair = work.sequence * pairs + work.pair
+                finish_pair(call, work, shape, acc, m_i, l_i, pair, part, parts, patience)
         else:
             store_result(call, work, shape, acc, m_i, l_i)
 
@@ -212,7 +212,7 @@ def packed_kernel(
     lse,
     partial,
     partial_ml,
-    shares,
+    arrivals,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -235,6 +235,9 @@ def packed_kernel(
     log2_temperature_len,
     num_splits,
     row_blocks,
+    patience,
+    num_indices,
+    num_slots,
     NUM_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -286,9 +289,6 @@ def packed_kernel(
     ring = Ring(slots, full, empty, STAGES)
     fence_async_shared()
 
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     shape = Shape(
         NUM_HEADS, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_PE, BLOCK_M, BLOCK_N, WARPS, HAS_POOL, UNIFIED, CAUSAL,
         WINDOW, MASK, MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, window_offsets is not None, LSE, V_SCALED,
@@ -314,14 +314,19 @@ def packed_kernel(
         none if lse is None else lse,
         none if partial is None else partial,
         none if partial_ml is None else partial_ml,
-        none if shares is None else shares,
+        none if arrivals is None else arrivals,
         gl.to_tensor(stride_qt), gl.to_tensor(stride_qh), gl.to_tensor(stride_kt), gl.to_tensor(stride_kh),
         gl.to_tensor(stride_vt), gl.to_tensor(stride_vh), gl.to_tensor(stride_ot), gl.to_tensor(stride_oh),
         gl.to_tensor(stride_ks), gl.to_tensor(stride_kg), gl.to_tensor(stride_vs), gl.to_tensor(stride_vg),
         window, sm_scale, pool_scale, v_scale, logit_cap, temperature_len, log2_temperature_len,
     )  # fmt: skip
     pairs = row_blocks * (NUM_HEADS // GROUP)
-    num_splits = gl.to_tensor(num_splits)
+    num_splits, patience = gl.to_tensor(num_splits), gl.to_tensor(patience)
+    if PDL:
+        gdc_launch_dependents()
+        if HAS_POOL and not EVEN and TILES_AHEAD >= 0:
+            look_ahead(call, shape, pairs, num_splits, num_indices, num_slots, TILES_AHEAD)
+        gdc_wait()
     if EVEN:
         share = even_share(call, shape, batch_size, pairs)
     else:
@@ -331,7 +336,7 @@ def packed_kernel(
         if V_IS_K:
             gl.warp_specialize(
                 [
-                    (_consume, (call, shape, share, ring, pe, q_tile, q_pe, p_tile, pairs, num_splits)),
+                    (_consume, (call, shape, share, ring, pe, q_tile, q_pe, p_tile, pairs, num_splits, patience)),
                     (produce_fp8, (call, shape, share, ring, pe, pairs, num_splits, False, PRODUCER_WARPS)),
                 ],
                 [PRODUCER_WARPS],
@@ -340,7 +345,7 @@ def packed_kernel(
         else:
             gl.warp_specialize(
                 [
-                    (_consume, (call, shape, share, ring, pe, q_tile, q_pe, p_tile, pairs, num_splits)),
+                    (_consume, (call, shape, share, ring, pe, q_tile, q_pe, p_tile, pairs, num_splits, patience)),
                     (produce_fp8, (call, shape, share, ring, pe, pairs, num_splits, False, PRODUCER_WARPS)),
                     (produce_fp8, (call, shape, share, ring, pe, pairs, num_splits, True, PRODUCER_WARPS)),
                 ],
@@ -350,7 +355,7 @@ def packed_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (call, shape, share, ring, pe, q_tile, q_pe, p_tile, pairs, num_splits)),
+                (_consume, (call, shape, share, ring, pe, q_tile, q_pe, p_tile, pairs, num_splits, patience)),
                 (produce, (call, shape, share, ring, pe, pairs, num_splits, PRODUCER_WARPS)),
             ],
             [PRODUCER_WARPS],

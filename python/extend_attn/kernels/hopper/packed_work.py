@@ -80,7 +80,7 @@ class Call:
     lse: gl.tensor
     partial: gl.tensor
     partial_ml: gl.tensor
-    shares: gl.tensor
+    arrivals: gl.tensor
     stride_qt: gl.tensor
     stride_qh: gl.tensor
     stride_kt: gl.tensor
@@ -194,7 +194,7 @@ def work_of(call, shape, b, pair, share, num_shares, begin, end):
     first = gl.to_tensor(0)
     last = tiles
     if shape.SPLIT:
-        size = gl.maximum(gl.cdiv(tiles, num_shares), (MIN_SPLIT_KEYS + shape.BLOCK_N - 1) // shape.BLOCK_N)
+        size = split_size(shape, tiles, num_shares)
         first = gl.minimum(share * size, tiles)
         last = gl.minimum(first + size, tiles)
     elif shape.EVEN:
@@ -213,6 +213,12 @@ def work_of(call, shape, b, pair, share, num_shares, begin, end):
         b, pair, pair % HEADS, row_first, token_first, token_last, q_start, extend_len, kv_start, prefix_len, offset,
         pool_lo, pool_keys, new_lo, keys, pool_tiles, tiles, first, last, mask_row, mask_stride,
     )  # fmt: skip
+
+
+@gluon.jit
+def split_size(shape, tiles, num_splits):
+    """Tiles of each split, as long as there are any."""
+    return gl.maximum(gl.cdiv(tiles, num_splits), (MIN_SPLIT_KEYS + shape.BLOCK_N - 1) // shape.BLOCK_N)
 
 
 @gluon.jit

@@ -2,16 +2,15 @@
 
 EVEN shares cut the tiles of all pairs, laid end to end, into as many equal runs as there are programs, so that a ragged
 batch keeps every multiprocessor busy to the end. A run covers the end of one pair, some whole pairs and the start of
-another, and so leaves at most two parts for the combine kernel: slot ``2 * program`` for a pair that began before,
-``2 * program + 1`` for one that goes on behind. ``shares`` [pairs, 2] tells it the program that a pair began in and how
-many took part. If one pair a program is as even as equal runs would be, give or take SNAP, nothing is cut.
+another, and so leaves at most two parts (merge.py). If one pair a program is as even as equal runs would be, give or
+take SNAP, nothing is cut.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .gluon_compat import struct
-from .packed_work import MIN_SPLIT_KEYS, work_of
+from .packed_work import MIN_SPLIT_KEYS, split_size, work_of
 
 CHUNK = gl.constexpr(128)  # sequences looked at in one step
 SNAP_PERCENT = gl.constexpr(112)
@@ -113,3 +112,18 @@ def next_work(call, shape, share, cursor, sequence, base, pairs, num_splits):
         start = gl.to_tensor(0)
         cursor = share.end
     return work, start, cursor, sequence, base
+
+
+@gluon.jit
+def parts_of(shape, share, work, start, num_splits):
+    """(which part of its pair this work is, how many there are): the parts of programs side by side, where ``start`` is
+    next_work's. A work without tiles, past the last part, has a number that is no part's."""
+    tiles = gl.maximum(work.tiles, 1)
+    if shape.EVEN:
+        first = start // share.size
+        parts = (start + tiles - 1) // share.size - first + 1
+        part = gl.program_id(0) - first
+    else:
+        parts = gl.cdiv(tiles, split_size(shape, tiles, num_splits))
+        part = gl.program_id(0) % num_splits
+    return part, parts

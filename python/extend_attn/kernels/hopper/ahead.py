@@ -1,0 +1,73 @@
+"""What a program will read first, asked into the L2 before the kernel ahead of it has ended.
+
+Under programmatic dependent launch a program is there before it may read what the kernel ahead writes. An index array
+or a pool row read then may be an old one. But a prefetch is no read: it moves a line into the L2, where the kernel
+ahead writes too, so that an old index costs a line of traffic and never a wrong value. All addresses are held within
+the tensors, whatever the indices say; the loads that make them bypass L1, where they would leave old lines behind.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .packed_work import split_size
+
+
+@gluon.jit
+def _prefetch(pointers, wanted):
+    gl.inline_asm_elementwise(
+        """{
+            .reg .pred p;
+            setp.ne.b32 p, $2, 0;
+            @p prefetch.global.L2 [$1];
+            mov.b32 $0, 0;
+        }""",
+        "=r,l,r",
+        [pointers.to(gl.int64), wanted.to(gl.int32)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _rows(pool, offsets, wanted, DIM: gl.constexpr, LINES: gl.constexpr, LAYOUT: gl.constexpr):
+    """Every 128-byte line of the pool rows at these offsets."""
+    SIZE: gl.constexpr = pool.dtype.element_ty.primitive_bitwidth // 8
+    columns = gl.arange(0, LINES, layout=gl.SliceLayout(0, LAYOUT)) * (128 // SIZE)
+    _prefetch(pool + offsets[:, None] + columns[None, :], wanted[:, None] & (columns < DIM)[None, :])
+
+
+@gluon.jit
+def look_ahead(call, shape, pairs, num_splits, num_indices, num_slots, TILES: gl.constexpr):
+    """Prefetches the slots of this program's share and the rows of its first TILES tiles, as far as index arrays say
+    already which they are. A share is taken from the prefix alone: new tokens move its border by little."""
+    SIZE: gl.constexpr = call.k_pool.dtype.element_ty.primitive_bitwidth // 8
+    COLUMNS: gl.constexpr = shape.BLOCK_D * (1 if shape.BLOCK_PE == 0 else 2)
+    LINES: gl.constexpr = max(1, COLUMNS * SIZE // 128)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32 // min(LINES, 32), min(LINES, 32)], [gl.num_warps(), 1], [1, 0])
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    INDEX: gl.constexpr = call.kv_indices.dtype.element_ty.primitive_bitwidth // 8
+    KEYS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    tile = gl.program_id(0) // num_splits
+    sequence = tile // pairs
+    head = (tile % pairs % (shape.NUM_HEADS // shape.GROUP)).to(gl.int64)
+    begin = gl.load(call.kv_indptr + sequence, cache_modifier=".cg")
+    end = gl.load(call.kv_indptr + sequence + 1, cache_modifier=".cg")
+    begin = gl.minimum(gl.maximum(begin, 0), num_indices).to(gl.int32)
+    end = gl.minimum(gl.maximum(end, begin), num_indices).to(gl.int32)
+    if shape.WINDOW:
+        begin = gl.maximum(begin, end - call.window)
+    if shape.SPLIT:
+        size = split_size(shape, gl.cdiv(end - begin, shape.BLOCK_N), num_splits) * shape.BLOCK_N
+        begin = gl.minimum(begin + gl.program_id(0) % num_splits * size, end)
+        end = gl.minimum(begin + size, end)
+    line = begin + gl.arange(0, 128, layout=FLAT) * (128 // INDEX)
+    _prefetch(call.kv_indices + line, line < end)
+    for i in gl.static_range(TILES):
+        place = begin + i * shape.BLOCK_N + gl.arange(0, shape.BLOCK_N, layout=KEYS)
+        slot = gl.load(call.kv_indices + place, mask=place < end, other=-1, cache_modifier=".cg")
+        wanted = (slot >= 0) & (slot < num_slots)
+        slot = gl.where(wanted, slot, 0).to(gl.int64)
+        _rows(call.k_pool, slot * call.stride_ks + head * call.stride_kg, wanted, shape.HEAD_DIM, LINES, LAYOUT)
+        if not shape.V_IS_K:
+            _rows(call.v_pool, slot * call.stride_vs + head * call.stride_vg, wanted, shape.HEAD_DIM_V, LINES, LAYOUT)

@@ -1,0 +1,137 @@
+"""The parts of a pair merged in the launch that made them, by the programs that made them.
+
+Each program that has a part stores it and counts itself in. Programs of one wave then wait for one another and merge a
+slice of the rows and columns each. Nobody waits for good: one that ran out of patience (a program may be kept from
+starting by another stream's kernels) hands its slice over and leaves, and the last to arrive, who sees that in the
+count it arrives at, merges everything. Where nobody waits (EVEN, more than one wave) the last to arrive always does.
+Parts are added up in their order whoever does it, so repeats are bit-identical.
+
+``arrivals`` has a word a pair: the epoch, the arrivals in it, and whether a slice was handed over. The last to arrive
+begins the next epoch, so that words are never set back, and a launch of other programs or pairs finds them ready.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .epilogue import store_part, store_result, store_rows
+from .gluon_compat import barrier, constexpr_function
+
+HANDED_OVER = gl.constexpr(1)
+ARRIVAL = gl.constexpr(2)
+EPOCH = gl.constexpr(1 << 16)
+
+# Parts read at once, and elements of a slice for each four warps: all loads of a step are in flight together, 16 to
+# 64 a thread. Few parts leave much to each program, many leave little.
+FEW, SOME = gl.constexpr(4), gl.constexpr(8)
+MANY = gl.constexpr(16)
+FEW_ELEMENTS, SOME_ELEMENTS, MANY_ELEMENTS = gl.constexpr(512), gl.constexpr(256), gl.constexpr(128)
+
+
+@gluon.jit
+def finish_pair(call, work, shape, acc, m_i, l_i, pair, part, parts, patience):
+    """The end of this program's share of ``pair``: part ``part`` of ``parts`` that programs side by side have of it."""
+    if parts == 1:
+        store_result(call, work, shape, acc, m_i, l_i)
+    else:
+        first = gl.program_id(0) - part
+        store_part(call, work, shape, acc, m_i, l_i, slot_of(shape, first, part))
+        barrier()
+        word = call.arrivals + pair
+        before = gl.atomic_add(word, ARRIVAL, sem="acq_rel")
+        epoch = before & -EPOCH
+        arrived = (before - epoch) // ARRIVAL + 1
+        begin, step = part, parts
+        if arrived == parts:
+            gl.atomic_xchg(word, epoch + EPOCH, sem="relaxed")
+            all_of_it = (before & HANDED_OVER) != 0
+            if shape.EVEN:
+                all_of_it = True
+            begin = gl.where(all_of_it, 0, part)
+            step = gl.where(all_of_it, 1, parts)
+        elif not shape.EVEN:
+            tries = gl.to_tensor(0)
+            while (arrived < parts) & (tries < patience):
+                arrived = (gl.atomic_add(word, 0, sem="acquire") - epoch) // ARRIVAL
+                tries += 1
+            if arrived < parts:
+                arrived = (gl.atomic_or(word, HANDED_OVER, sem="acq_rel") - epoch) // ARRIVAL
+                if arrived >= parts:  # the last one came in between, and knew nothing of it
+                    gl.atomic_and(word, -1 - HANDED_OVER, sem="relaxed")
+        if arrived >= parts:
+            barrier()
+            rows = gl.minimum(work.extend_len * shape.GROUP - work.row_first, shape.BLOCK_M)
+            if shape.EVEN:  # half as many elements: registers also hold where the program goes on
+                if parts <= FEW:
+                    _merge(call, work, shape, first, parts, rows, begin, step, FEW, FEW_ELEMENTS // 2)
+                else:
+                    _merge(call, work, shape, first, parts, rows, begin, step, SOME, SOME_ELEMENTS)
+            elif parts <= FEW:
+                _merge(call, work, shape, first, parts, rows, begin, step, FEW, FEW_ELEMENTS)
+            elif rows * shape.BLOCK_D >= parts * (SOME_ELEMENTS * (shape.WARPS // 4)):
+                _merge(call, work, shape, first, parts, rows, begin, step, SOME, SOME_ELEMENTS)
+            else:
+                _merge(call, work, shape, first, parts, rows, begin, step, MANY, MANY_ELEMENTS)
+
+
+@gluon.jit
+def slot_of(shape, first, part):
+    """Where the parts lie of programs from ``first`` on. An EVEN program has room for a part of two pairs: of one that
+    began before it, and of one that goes on behind it, of which it has part 0."""
+    slot = first + part
+    if shape.EVEN:
+        slot = 2 * slot + (part == 0).to(gl.int32)
+    return slot.to(gl.int64)
+
+
+@constexpr_function
+def _layout(PARTS, ROWS, COLUMNS, WARPS):
+    """[parts, rows, columns] with a thread's parts its own."""
+    wide = max(1, min(4, ROWS * COLUMNS // (32 * WARPS)))
+    lanes = min(32, COLUMNS // wide)
+    across = min(WARPS, COLUMNS // (wide * lanes))
+    return gl.BlockedLayout([PARTS, 1, wide], [1, 32 // lanes, lanes], [1, WARPS // across, across], [2, 1, 0])
+
+
+@gluon.jit
+def _merge(call, work, shape, first, parts, rows, begin, step, PARTS: gl.constexpr, ELEMENTS: gl.constexpr):
+    """Slices ``begin``, ``begin + step``, ... of the pair's ``rows``: all parts' weighted sum, divided and stored."""
+    SIZE: gl.constexpr = ELEMENTS * (shape.WARPS // 4)
+    COLUMNS: gl.constexpr = min(shape.BLOCK_D, SIZE)
+    ROWS: gl.constexpr = min(shape.BLOCK_M, SIZE // COLUMNS)
+    ACROSS: gl.constexpr = shape.BLOCK_D // COLUMNS
+    CUBE: gl.constexpr = _layout(PARTS, ROWS, COLUMNS, shape.WARPS)
+    FLAT: gl.constexpr = gl.SliceLayout(0, CUBE)
+    PARTS_BY_ROWS: gl.constexpr = gl.SliceLayout(2, CUBE)
+    OF_PART: gl.constexpr = gl.SliceLayout(1, PARTS_BY_ROWS)
+    OF_ROW: gl.constexpr = gl.SliceLayout(0, PARTS_BY_ROWS)
+    OF_COLUMN: gl.constexpr = gl.SliceLayout(0, FLAT)
+    TO_FLAT: gl.constexpr = gl.SliceLayout(1, FLAT)
+    for s in range(begin, gl.cdiv(rows, ROWS) * ACROSS, step):
+        r = s // ACROSS * ROWS + gl.arange(0, ROWS, layout=OF_ROW)
+        columns = s % ACROSS * COLUMNS + gl.arange(0, COLUMNS, layout=OF_COLUMN)
+        merged = gl.zeros([ROWS, COLUMNS], gl.float32, FLAT)
+        m_i = gl.full([ROWS], float("-inf"), gl.float32, OF_ROW)
+        l_i = gl.zeros([ROWS], gl.float32, OF_ROW)
+        for begun in range(0, parts, PARTS):
+            i = begun + gl.arange(0, PARTS, layout=OF_PART)
+            slot = slot_of(shape, first, i)[:, None]
+            ok = (i < parts)[:, None] & (r < rows)[None, :]
+            ml = call.partial_ml + slot * (2 * shape.BLOCK_M) + r[None, :]
+            at = gl.expand_dims(slot * (shape.BLOCK_M * shape.BLOCK_D) + (r * shape.BLOCK_D)[None, :], 2)
+            at = call.partial + at + gl.expand_dims(gl.expand_dims(columns, 0), 0)
+            # past L1, which may hold what was there before
+            m = gl.load(ml, mask=ok, other=float("-inf"), cache_modifier=".cg")
+            l = gl.load(ml + shape.BLOCK_M, mask=ok, other=0.0, cache_modifier=".cg")
+            x = gl.load(at, mask=gl.expand_dims(ok, 2), other=0.0, cache_modifier=".cg")
+            m_new = gl.maximum(m_i, gl.max(m, 0))
+            finite = gl.where(m_new == float("-inf"), 0.0, m_new)
+            alpha = gl.exp2(m_i - finite)
+            weight = gl.exp2(m - finite[None, :])
+            l_i = l_i * alpha + gl.sum(weight * l, 0)
+            before = merged * gl.convert_layout(alpha, TO_FLAT)[:, None]
+            merged = before + gl.sum(x * gl.expand_dims(weight, 2), 0)
+            m_i = m_new
+        store_rows(
+            call, work, shape, merged, gl.convert_layout(m_i, TO_FLAT), gl.convert_layout(l_i, TO_FLAT),
+            gl.convert_layout(r, TO_FLAT), columns, s % ACROSS == 0,
+        )  # fmt: skip
