@@ -299,6 +299,23 @@ def test_the_crossover_holds_every_family_to_each_shape(answers, tmp_path, capsy
     assert "tiled 20.0 2.50" in capsys.readouterr().out
 
 
+RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results" / "tuning"
+
+
+def test_the_heuristics_follow_the_measured_crossover():
+    """Of the shapes that were measured, 95 % get a family that takes at most a tenth longer than the best."""
+    data = json.loads((RESULTS / "2026-11-25-h100-crossover.json").read_text())
+    measured = {tuple(line[name] for name in crossover.SHAPE): line for line in data["us"]}
+    ratios = []
+    for p in crossover.grid():
+        line = measured[crossover.shape_of(p)]
+        times = {name: line[name] for name in crossover.COLUMNS if line.get(name)}
+        chosen = select(p, H100, plan="heuristic")
+        ratios.append(times[crossover.column(chosen)] / min(times.values()))
+    assert len(ratios) == len(data["us"]) and max(ratios) < 1.25
+    assert sum(ratio <= 1.1 for ratio in ratios) >= 0.95 * len(ratios)
+
+
 # -- the command line
 
 

@@ -111,9 +111,13 @@ def neighbours(plan: Plan) -> Iterator[Plan]:
     """One step in each direction, for sweeps."""
     tile = plan.tile
     wider, narrower = tile.block_n * 2, tile.block_n // 2
+    # hopper_packed's ring goes by twos: how many programs share a multiprocessor follows from it
+    deeper, shallower = tile.num_stages + 1, tile.num_stages - 1
+    if plan.family == "hopper_packed":
+        deeper, shallower = min(2 * tile.num_stages, STAGES_MAX), max(tile.num_stages // 2, 2)
     for changes in (
-        {"num_stages": tile.num_stages + 1},
-        {"num_stages": tile.num_stages - 1},
+        {"num_stages": deeper},
+        {"num_stages": shallower},
         {"num_warps": 8 if tile.num_warps == 4 else 4},
         {"block_n": wider, "num_stages": max(1, tile.num_stages - 1)},
         {"block_n": narrower, "num_stages": tile.num_stages + 1},

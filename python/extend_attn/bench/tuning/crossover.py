@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 from dataclasses import replace
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ...plan.legality import illegal
 from ...plan.tile import Plan
@@ -25,6 +25,7 @@ GROUP_WITHOUT_PREFIX = 2
 FAMILIES = ("hopper_packed", "hopper_tiled", "tiled")
 PAIRED = "hopper_tiled pairs"  # the two consumers of a program take two heads
 COLUMNS = (*FAMILIES, PAIRED)
+SHAPE = ("head_dim", "group", "batch", "prefix", "new")
 
 
 def grid(seed: int = 0) -> List[Problem]:
@@ -55,7 +56,7 @@ def crossover(device: str, limits: Limits, out: Optional[str] = None) -> int:
             lines.append(_line(problem, trials))
         facts = {"device": tuner.name, "triton": tuner.spec.triton, "kv_heads": KV_HEADS}
         tuner.say("done")
-    lines.sort(key=lambda line: [line[name] for name in ("head_dim", "group", "batch", "prefix", "new")])
+    lines.sort(key=lambda line: [line[name] for name in SHAPE])
     if out is not None:
         with open(out, "w", encoding="utf-8") as file:
             file.write(json.dumps(facts)[:-1] + ', "us": [\n')
@@ -70,15 +71,20 @@ def _plans(problem: Problem, tuner: Tuner) -> List[Plan]:
     return [*plans, *(plan for plan in paired if illegal(problem, plan, tuner.spec) is None)]
 
 
-def _column(plan: Plan) -> str:
+def shape_of(problem: Problem) -> Tuple[int, ...]:
+    """A problem of the grid, as SHAPE names its numbers."""
+    p = problem
+    return p.head_dim_qk, p.group, p.batch_size, p.num_kv_indices // p.batch_size, p.max_len_extend
+
+
+def column(plan: Plan) -> str:
+    """What a plan's time is called in the results."""
     return PAIRED if plan.family == "hopper_tiled" and plan.pack_gqa else plan.family
 
 
 def _line(problem: Problem, trials: Sequence[Trial]) -> Dict[str, Any]:
-    p = problem
-    line: Dict[str, Any] = dict(head_dim=p.head_dim_qk, group=p.group, batch=p.batch_size, new=p.max_len_extend)
-    line["prefix"] = p.num_kv_indices // p.batch_size
-    line.update({_column(trial.plan): trial.us and round(trial.us, 2) for trial in trials})
+    line: Dict[str, Any] = dict(zip(SHAPE, shape_of(problem)))
+    line.update({column(trial.plan): trial.us and round(trial.us, 2) for trial in trials})
     return line
 
 
@@ -86,7 +92,7 @@ def report(lines: Sequence[Dict[str, Any]]) -> str:
     """A line for each shape: the fastest family for each number of new tokens, and what the next one takes more."""
     from ..report import table
 
-    names = ("head_dim", "group", "batch", "prefix")
+    names = SHAPE[:-1]
     shapes = list(dict.fromkeys(tuple(line[name] for name in names) for line in lines))
     rows = []
     for shape in shapes:

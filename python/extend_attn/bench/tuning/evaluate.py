@@ -39,6 +39,10 @@ CLASSES: Dict[str, Dict[str, Any]] = {
 }
 
 
+# Windows that models of a class have beside full attention.
+WINDOWS = {"d256 8/4": 1023, "d64 16/16": 127}
+
+
 def draw(count: int, seed: int) -> List[Tuple[str, Problem]]:
     """(class, problem) of each: decode, verification, chunks and prompts, with and without prefix and window."""
     pick = random.Random(seed)
@@ -59,7 +63,7 @@ def draw(count: int, seed: int) -> List[Tuple[str, Problem]]:
             num_tokens=batch * new,
             max_len_extend=new,
             num_kv_indices=batch * prefix,
-            sliding_window=pick.choice([-1, -1, 1023]),
+            sliding_window=pick.choice([-1, WINDOWS.get(name, -1)]),
         )
         drawn.append((name, problem))
     return drawn

@@ -15,7 +15,7 @@ from ...plan.heuristics import heuristic
 from ...plan.legality import illegal
 from ...plan.select import select
 from ...plan.sglang_rule import sglang_plan
-from ...plan.tile import FAMILIES, STAGES_MAX, Plan
+from ...plan.tile import FAMILIES, Plan
 from ...problem import Problem
 
 # Beyond this many new tokens a packed tile's rows no longer fit one program, and the keys are read again for each.
@@ -66,20 +66,13 @@ def steps(problem: Problem, device: DeviceSpec, measured: Iterable[Tuple[Plan, O
         us, plan = min(((us, plan) for us, plan in timed if plan.family == family), default=(None, None), key=_time)
         if us is None or us > FAR_BEHIND * fastest:
             continue
-        found += [*neighbours(plan), *_other_rings(plan), *_other_shares(plan, device)]
+        found += [*neighbours(plan), *_other_shares(plan, device)]
     legal = (plan for plan in dict.fromkeys(found) if plan not in known and illegal(problem, plan, device) is None)
     return [replace(plan, source="sweep") for plan in legal]
 
 
 def _time(entry: Tuple[Optional[float], Optional[Plan]]) -> float:
     return entry[0] or 0.0
-
-
-def _other_rings(plan: Plan) -> List[Plan]:
-    """hopper_packed's ring of twice and of half the slots: how many programs share a multiprocessor goes by it."""
-    stages = plan.tile.num_stages
-    sizes = {min(2 * stages, STAGES_MAX), max(stages // 2, 2)} if plan.family == "hopper_packed" else ()
-    return [plan.merged({"tile": {"num_stages": n}}) for n in sizes]
 
 
 def _other_shares(plan: Plan, device: DeviceSpec) -> List[Plan]:

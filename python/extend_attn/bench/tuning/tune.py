@@ -95,19 +95,20 @@ class Tuner:
 
     def sweeps(self, problems: Sequence[Problem]) -> Iterator[Tuple[Problem, List[Trial]]]:
         """Both rounds of each problem, the library's choice first; those of GROUP problems at a time, so that what
-        they need is compiled side by side and a run that is cut short has finished some."""
+        they need is compiled side by side and a run that is cut short has finished some. Where the budget is spent
+        before the start, nothing but compiling: the second round as if the choice were the fastest, and the first."""
         for start in range(0, len(problems), GROUP):
-            some = problems[start : start + GROUP]
-            first = list(self.each({problem: defaults(problem, self.spec)[0] for problem in some}))
-            further = [
-                (problem, trials, steps(problem, self.spec, [(t.plan, t.us) for t in trials]))
-                for problem, trials in first
-            ]
-            self.compile((problem, plans) for problem, _, plans in further)
-            for problem, trials, plans in further:
+            plans = {problem: defaults(problem, self.spec)[0] for problem in problems[start : start + GROUP]}
+            if self.budget.spent():
+                self.compile((p, steps(p, self.spec, [(first[0], 1.0)])) for p, first in plans.items())
+            further = []
+            for problem, trials in self.each(plans):
+                further.append((problem, trials, steps(problem, self.spec, [(t.plan, t.us) for t in trials])))
+            self.compile((problem, more) for problem, _, more in further)
+            for problem, trials, more in further:
                 best = best_of(trials)
                 drop_us = best.us * TOO_SLOW if best is not None and best.us else None
-                yield problem, [*trials, *self.measure(problem, plans, drop_us)]
+                yield problem, [*trials, *self.measure(problem, more, drop_us)]
 
     def measure(self, problem: Problem, plans: Iterable[Plan], drop_us: Optional[float] = None) -> List[Trial]:
         """Each plan checked, then timed; one whose first replay takes more than ``drop_us`` is not timed further."""
