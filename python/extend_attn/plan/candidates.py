@@ -109,24 +109,28 @@ def shrinking(problem: Problem, plan: Plan, device: DeviceSpec) -> Iterator[Plan
 
 def neighbours(plan: Plan) -> Iterator[Plan]:
     """One step in each direction, for sweeps."""
-    tile = plan.tile
+    tile, smallest = plan.tile, SMALLEST.get(plan.family, SMALLEST_PLAIN)
     wider, narrower = tile.block_n * 2, tile.block_n // 2
     # hopper_packed's ring goes by twos: how many programs share a multiprocessor follows from it
     deeper, shallower = tile.num_stages + 1, tile.num_stages - 1
     if plan.family == "hopper_packed":
         deeper, shallower = min(2 * tile.num_stages, STAGES_MAX), max(tile.num_stages // 2, 2)
-    for changes in (
+    steps = [
         {"num_stages": deeper},
         {"num_stages": shallower},
-        {"num_warps": 8 if tile.num_warps == 4 else 4},
         {"block_n": wider, "num_stages": max(1, tile.num_stages - 1)},
         {"block_n": narrower, "num_stages": tile.num_stages + 1},
-        {"block_m": tile.block_m * 2, "num_warps": 8},
-        {"block_m": tile.block_m // 2, "num_warps": 4},
-    ):
+    ]
+    if plan.family != "hopper_tiled":  # whose rows and warps are those of its two consumers
+        steps += [
+            {"num_warps": 8 if tile.num_warps == 4 else 4},
+            {"block_m": tile.block_m * 2, "num_warps": 8},
+            {"block_m": tile.block_m // 2, "num_warps": 4},
+        ]
+    for changes in steps:
         sizes = {**tile.to_json(), **changes}
-        rows = BLOCK_M_MIN <= sizes["block_m"] <= BLOCK_MAX
-        keys = BLOCK_MIN <= sizes["block_n"] <= BLOCK_MAX
+        rows = (BLOCK_M_MIN if plan.hopper else BLOCK_MIN) <= sizes["block_m"] <= BLOCK_MAX
+        keys = smallest.block_n <= sizes["block_n"] <= BLOCK_MAX
         if rows and keys and 1 <= sizes["num_stages"] <= STAGES_MAX:
             yield replace(plan, tile=Tile(**sizes))
     if not plan.packed:
