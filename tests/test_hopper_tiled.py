@@ -236,11 +236,10 @@ def test_elsewhere_the_plain_family_runs(device):
     assert select(CHUNK, device).family == "tiled"
 
 
-def test_it_is_the_default_where_it_is_proven_and_blocks_are_full(monkeypatch):
+def test_it_is_the_default_where_it_is_proven(monkeypatch):
     monkeypatch.setattr("extend_attn.plan.heuristics_hopper.PROVEN", (FAMILY,))
     monkeypatch.setattr("extend_attn.plan.tables.PACKAGED", Path("no tables"))
     forget()
     assert select(CHUNK, H100).family == FAMILY
-    assert select(replace(CHUNK, max_len_extend=32), H100).family == "tiled"
     assert select(replace(CHUNK, custom_mask=True), H100).family == "tiled"
     forget()

@@ -20,10 +20,13 @@ from .tile import BLOCK_M_MIN, STAGES_MAX, Plan, Tile
 
 # Families that passed the contract tests on a GPU and were faster there than the plain ones; no other is a default.
 PROVEN: Tuple[str, ...] = ("hopper_packed", "hopper_tiled")
-# Up to this many new tokens a sequence hopper_packed is the default: the plain packed family's own limit.
-HOPPER_PACKED_MAX_LEN_EXTEND = 16
-# From this many on hopper_tiled is: below it a consumer's 64 rows are not full.
-HOPPER_TILED_MIN_LEN_EXTEND = 64
+# Up to this many new tokens a sequence hopper_packed and hopper_tiled were held against each other (docs/plans.md, the
+# crossover: head dims 64 to 512, groups of 1 to 8, batches of 1 and 16); beyond it hopper_tiled is the default.
+CROSSOVER_MAX_LEN_EXTEND = 64
+# There the plain tiled family, which puts all heads of a group into one tile of 128 rows, beats both with groups of 8
+# whose rows take more than two blocks of hopper_packed and up to two of those tiles: 16 sequences of 8000 tokens, 24
+# new ones, head dim 128, on an H100: 171 us, hopper_tiled 251, hopper_packed 345.
+PLAIN_GROUP, PLAIN_ROWS_MAX, PLAIN_HEAD_DIM_MAX = 8, 256, 256
 PACKED_BLOCK_N = 64
 # fp8 codes are converted a tile at a time: wider tiles of small heads wait less often (64 sequences of 4000 tokens at
 # head dim 128: 230 us on an H100, 267 with 64 keys).
@@ -45,7 +48,8 @@ SPLIT_MAX = 64
 # 27 in one; 512 after 8192 take 115 in 5 splits of 27, 196 in one.
 MIN_SPLIT_TILES, TILED_SPLIT_MAX = 16, 16
 # From this many new tokens on hopper_tiled takes two heads of a group over 64 tokens rather than 128 tokens of one:
-# 383 against 390 us for 8192 tokens on an H100, but 143 against 114 for 32 chunks of 512.
+# 383 against 390 us for 8192 tokens on an H100, but 143 against 114 for 32 chunks of 512. So it does up to 64 new
+# tokens, where the other consumer would have none: 234 against 379 us for 32 behind 8000, 16 sequences, groups of 4.
 PACK_MIN_LEN_EXTEND = 2048
 
 
@@ -53,13 +57,41 @@ def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan
     """The Hopper family's plan where one was measured to be faster than the plain families; None elsewhere."""
     if problem.batch_invariant:
         return None
-    if problem.max_len_extend <= HOPPER_PACKED_MAX_LEN_EXTEND:
-        plan = hopper_packed_plan(problem, device)
-    elif problem.max_len_extend >= HOPPER_TILED_MIN_LEN_EXTEND:
-        plan = hopper_tiled_plan(problem, device)
-    else:
-        return None
-    return plan if plan.family in PROVEN and hopper_illegal(problem, plan, device) is None else None
+    tiled = hopper_tiled_plan(problem, device)
+    plans = [tiled]
+    if problem.max_len_extend <= CROSSOVER_MAX_LEN_EXTEND:
+        packed = hopper_packed_plan(problem, device)
+        if _plain_tile_is_faster(problem, packed, device):
+            return None
+        plans = [packed, tiled] if _packed_is_faster(problem, packed, tiled, device) else [tiled, packed]
+    legal = (plan for plan in plans if plan.family in PROVEN and hopper_illegal(problem, plan, device) is None)
+    return next(legal, None)
+
+
+def _packed_is_faster(problem: Problem, packed: Plan, tiled: Plan, device: DeviceSpec) -> bool:
+    """Whether hopper_packed goes before hopper_tiled: rows of a sequence and KV head fit one block, or its blocks leave
+    multiprocessors to splits, or it reads the keys less often, or there are none to read but the new ones."""
+    blocks = _row_blocks(problem, packed)
+    if not problem.has_prefix or problem.rows <= PACKED_ROWS_MAX or not _fills(problem, blocks, device):
+        return True
+    tokens, heads = (ROWS, 2) if tiled.pack_gqa else (2 * ROWS, 1)
+    slices = tiled_blocks(problem)[3]
+    return blocks < problem.group // heads * slices * -(-problem.max_len_extend // tokens)
+
+
+def _plain_tile_is_faster(problem: Problem, packed: Plan, device: DeviceSpec) -> bool:
+    wide = max(problem.head_dim_qk, problem.head_dim_v) > PLAIN_HEAD_DIM_MAX
+    rows = 2 * PACKED_ROWS_MAX < problem.rows <= PLAIN_ROWS_MAX and problem.group == PLAIN_GROUP
+    return rows and problem.has_prefix and not wide and _fills(problem, _row_blocks(problem, packed), device)
+
+
+def _row_blocks(problem: Problem, packed: Plan) -> int:
+    return -(-max(problem.rows, 1) // packed.tile.block_m)
+
+
+def _fills(problem: Problem, blocks: int, device: DeviceSpec) -> bool:
+    """Whether so many row blocks of each sequence and KV head fill the GPU without splits."""
+    return max(problem.batch_size, 1) * problem.num_kv_heads * blocks >= FULL_WAVE * device.sm_count
 
 
 def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
@@ -106,7 +138,7 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     tile = Tile(128, 128 if problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 else 64, 8, 2)
     if problem.head_dim_qk > 256:
         tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
-    pack = problem.group % 2 == 0 and problem.max_len_extend >= PACK_MIN_LEN_EXTEND
+    pack = problem.group % 2 == 0 and not ROWS < problem.max_len_extend < PACK_MIN_LEN_EXTEND
     split_kv = tiled_splits(problem, device, tile.block_n, pack)
     return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=split_kv > 1, source="heuristic")
 
