@@ -96,11 +96,11 @@ void check_call(const QkNormCall& call, const ControllerOptions& options) {
 
 LaunchShape all_reduce_shape(Op op, DType dtype, std::int64_t count, int world, int max_blocks) {
   const std::int64_t vectors = ceil_div(count * element_bytes(dtype), kVectorBytes);
-  const int most = std::min(max_blocks, kMaxBlocks);
-  int threads = kPullThreads;
+  int threads = kPullThreads, most = std::min(max_blocks, kMaxPullBlocks);
   if (op == Op::kOneShotPush) {
+    most = max_blocks;
     threads = kMinPushThreads;
-    while (threads < max_push_threads(world) && kPushedVectors * std::int64_t(threads) * most < vectors) threads *= 2;
+    while (threads < kMaxPushThreads && std::int64_t(threads) * most < vectors) threads *= 2;
   }
   const std::int64_t work = op == Op::kTwoShotPull ? ceil_div(vectors, world) : vectors;
   return LaunchShape{static_cast<int>(std::min<std::int64_t>(ceil_div(work, threads), most)), threads};
@@ -115,7 +115,7 @@ int team_warps(DType dtype, std::int64_t q_width, std::int64_t k_width) {
 
 LaunchShape qknorm_shape(DType dtype, std::int64_t tokens, std::int64_t q_width, std::int64_t k_width, int max_blocks) {
   const int teams = kNormThreads / kWarp / team_warps(dtype, q_width, k_width);
-  const auto blocks = std::min<std::int64_t>(ceil_div(tokens, teams), std::min(max_blocks, kMaxBlocks));
+  const auto blocks = std::min<std::int64_t>(ceil_div(tokens, teams), max_blocks);
   return LaunchShape{static_cast<int>(blocks), kNormThreads};
 }
 
@@ -184,7 +184,7 @@ int load_kernels(DType dtype, int world) {
     fewest = std::min(fewest, resident * processors);
   };
   const int which = world == 2 ? 0 : 1;
-  load(set.one_shot_push[which], max_push_threads(world));
+  load(set.one_shot_push[which], kMaxPushThreads);
   load(set.one_shot_pull[which], kPullThreads);
   load(set.two_shot_pull[which], kPullThreads);
   load(set.tp_qknorm, kNormThreads);

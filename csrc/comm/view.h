@@ -20,9 +20,9 @@ constexpr int kMinRanks = 2;
 constexpr int kMaxRanks = 8;
 constexpr std::uint64_t kMaxMessageBytes = std::uint64_t(16) << 30;  // kernels count vectors in 32 bits
 constexpr int kWarp = 32;
-constexpr int kEpochs = 2;       // a slot is written again two calls later, after every peer has shown that it read it
-constexpr int kMaxBlocks = 160;  // of a call; in a pull each has signals of its own
-constexpr int kPhases = 3;       // start, middle, end of a pull
+constexpr int kEpochs = 2;  // a slot is written again two calls later, after every peer has shown that it read it
+constexpr int kMaxPullBlocks = 128;  // each with signals of its own; they saturate the links of an H100
+constexpr int kPhases = 3;           // start, middle, end of a pull
 
 // Counted by the calls of one rank; equal on all ranks as long as they agree.
 struct State {
@@ -35,9 +35,10 @@ struct State {
 constexpr std::size_t kStateOffset = 0;
 constexpr std::size_t kHeaderOffset = 256;   // u64 [kEpochs][kMaxRanks]
 constexpr std::size_t kProbeOffset = 512;    // u64 [kMaxRanks]
-constexpr std::size_t kSignalOffset = 1024;  // u32 [kPhases][kMaxBlocks][kMaxRanks]
-constexpr std::size_t kPushOffset = 32 * 1024;
-static_assert(kSignalOffset + sizeof(std::uint32_t) * kPhases * kMaxBlocks * kMaxRanks <= kPushOffset, "signals fit");
+constexpr std::size_t kSignalOffset = 1024;  // u32 [kPhases][kMaxPullBlocks][kMaxRanks]
+constexpr std::size_t kPushOffset = 16 * 1024;
+static_assert(kSignalOffset + sizeof(std::uint32_t) * kPhases * kMaxPullBlocks * kMaxRanks <= kPushOffset,
+              "signals fit");
 
 constexpr std::size_t kRegionAlignment = 256;
 EXTEND_ATTN_HD std::size_t round_up(std::size_t bytes, std::size_t to) { return (bytes + to - 1) / to * to; }
@@ -88,7 +89,7 @@ EXTEND_ATTN_HD std::uint64_t* header_at(const CommView& c, int owner, std::uint3
 }
 EXTEND_ATTN_HD std::uint32_t* signal_at(const CommView& c, int owner, int phase, int block, int from) {
   return reinterpret_cast<std::uint32_t*>(c.workspace[owner] + kSignalOffset) +
-         (phase * kMaxBlocks + block) * kMaxRanks + from;
+         (phase * kMaxPullBlocks + block) * kMaxRanks + from;
 }
 // What `from` pushes to `owner`: every operation uses this one base and stride.
 EXTEND_ATTN_HD char* push_slot(const CommView& c, int owner, std::uint32_t epoch, int from) {

@@ -55,7 +55,7 @@ __device__ __forceinline__ uint4 sum_in_order(const CommView& c, const uint4& mi
 
 // kWorld: 2, or 0 for any number of ranks.
 template <typename T, int kWorld>
-__global__ void __launch_bounds__(max_push_threads(kWorld)) one_shot_push(const __grid_constant__ AllReduceParams p) {
+__global__ void __launch_bounds__(kMaxPushThreads) one_shot_push(const __grid_constant__ AllReduceParams p) {
   using P = Peers<kWorld>;
   const CommView& c = p.comm;
   const int world = kWorld == 2 ? 2 : c.world;

@@ -9,11 +9,9 @@
 
 namespace extend_attn {
 
-// Threads a block. A push takes as few as give each thread at most two vectors. Two ranks, which need few registers,
-// may have more.
+// Threads a block. A push grows its blocks only where there can't be more of them.
 constexpr int kMinPushThreads = 128;
-constexpr int kPushedVectors = 2;
-constexpr int max_push_threads(int world) { return world == 2 ? 1024 : 512; }
+constexpr int kMaxPushThreads = 512;
 constexpr int kPullThreads = 512;
 constexpr int kNormThreads = 256;
 

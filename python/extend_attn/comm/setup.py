@@ -181,8 +181,7 @@ class Setup:
         return {"blocks": resident, "handle": found.core.handle(), "address": 0}
 
     def _connect(self, ranks: List[Dict[str, Any]]) -> None:
-        core = self._found.core
-        core.max_blocks = max(1, min(core.max_blocks, *(rank["blocks"] for rank in ranks)))
+        self._found.core.max_blocks = max(1, min(rank["blocks"] for rank in ranks))
         self._step("constructor: peers", lambda: self._open(ranks), self._probe)
 
     # 4. The peers' memory; 5. whether what is written there arrives.
