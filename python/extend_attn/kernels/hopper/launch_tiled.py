@@ -15,7 +15,7 @@ from ...plan.tile import Plan
 from ...problem import Problem
 from ..launch_combine import combine_after, combine_tensors
 from ..recipe import Recipe, features, kernel, scalars, strides
-from .launch_packed import FP8_CODES, codes_of
+from .launch_packed import FP8_CODES, codes_of, multiprocessors
 from .tiled import tiled_kernel
 
 # Registers a thread of (consumers, producer): what setmaxnreg divides the 168 of a launch with 12 warps into. A gather
@@ -66,7 +66,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     )  # fmt: skip
     tiled = kernel(
         tiled_kernel,
-        min(items, _multiprocessors(inputs.q.device)),
+        min(items, multiprocessors(inputs.q.device)),
         numbers,
         constants,
         num_warps=4,
@@ -85,13 +85,6 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
 _FEATURES = (
     "CAUSAL", "WINDOW", "SINKS", "CAP", "TEMPERATURE", "Q_POSITIONS", "LSE", "V_SCALED",
 )  # fmt: skip
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132  # compiled for one that is not here
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 Boxes = Tuple[Tuple[int, int], ...]  # rows and columns of the TMA boxes of Q, K and V
