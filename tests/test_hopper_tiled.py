@@ -143,6 +143,77 @@ def test_splits(spec, splits, dim, gqa):
 
 @gpu
 @hopper
+@pytest.mark.parametrize("dim, splits, gqa", [(128, 1, False), (64, 3, True), (256, 1, True), (512, 2, False)])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dict(mask="tree"),
+        dict(mask="random", mask_prefix=True),
+        dict(mask="nothing", sinks=torch.float32),
+        dict(mask="future", window=100, cut=[5, 0, 77, 3, 0, 1, 2, 0, 9, 1, 0], mask_prefix=True),
+        dict(mask="tree", tree_positions=True, window=40, temperature_len=100),
+        dict(tree_positions=True, window=64),
+        dict(mask="random", unified=True),
+        dict(mask="random", tree_positions=True, unified=True, window=100),
+    ],
+    ids=str,
+)
+def test_masks_and_positions(spec, dim, splits, gqa):
+    """Rows that see nothing, in one tile or at all; windows over depths; splits of both."""
+    case = make_case(dtype=torch.bfloat16, device="cuda", lengths=UGLY, heads=(4, 2), dim=dim, **spec)
+    GPU["hopper_tiled"].check(case, plan={"family": FAMILY, "pack_gqa": gqa, "split_kv": splits})
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize("no_prefix", [False, True])
+def test_masks_beside_other_features(no_prefix, kv_dtype):
+    lengths = [(e, 0) for e, _ in UGLY] if no_prefix else UGLY
+    for mask_prefix in (False, True):
+        spec = dict(mask="random", mask_prefix=mask_prefix, logit_cap=20.0, sm_scale=-0.1, k_scale=0.5, v_scale=2.0)
+        check(True, dim=96, lengths=lengths, kv_dtype=kv_dtype, **spec)
+
+
+@gpu
+@hopper
+def test_windows_split():
+    lengths = [(1, 129), (65, 700), (0, 70), (129, 0), (700, 1), (300, 1500)]
+    case = make_case(dtype=torch.bfloat16, device="cuda", lengths=lengths, heads=(4, 2), dim=128, window=300)
+    GPU["hopper_tiled"].check(case, plan={"family": FAMILY, "split_kv": 3})
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("unified", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_a_mask_hides_may_be_anything(bad, unified):
+    """In whole tiles and in parts of one, over more rows than one program has."""
+    case = make_case(
+        dtype=torch.bfloat16, device="cuda", lengths=[(300, 200), (65, 3)], heads=(4, 2), dim=128, mask="random",
+        mask_prefix=True, unified=unified,
+    )  # fmt: skip
+    mask = case.kwargs["custom_mask"][: 300 * 500].view(300, 500)
+    mask[:, 3:20:2] = False
+    mask[:, 64:128] = False
+    mask[:, 200 + 7] = False
+    mask[:, 200 + 270 :] = False
+    hidden = ~mask.any(dim=0)
+    slots = case.kwargs["kv_indices"]
+    if unified:
+        own = slots[:500].long()[hidden]
+    else:
+        own = slots[:200].long()[hidden[:200]]
+        for name in ("k_extend", "v_extend"):
+            case.kwargs[name][:300][hidden[200:]] = bad
+    for name in ("k_buffer", "v_buffer"):
+        case.kwargs[name][own] = bad
+    for gqa in (False, True):
+        GPU["hopper_tiled"].check(case, plan={"family": FAMILY, "pack_gqa": gqa})
+
+
+@gpu
+@hopper
 @pytest.mark.parametrize("dim, gqa", [(64, False), (256, True)])
 @pytest.mark.parametrize(
     "spec", [dict(), dict(window=100), dict(k_scale=0.5, v_scale=2.0), dict(causal=False)], ids=str
@@ -179,8 +250,6 @@ def test_default_plans_fit(dim, dim_v):
 @pytest.mark.parametrize(
     "changes, word",
     [
-        (dict(custom_mask=True), "custom_mask"),
-        (dict(q_positions=True, sliding_window=100), "q_positions"),
         (dict(head_dim_qk=576, head_dim_v=512), "head dims"),
         (dict(kv_dtype="float8_e4m3fn", head_dim_qk=512, head_dim_v=512), "kv_dtype"),
         (dict(dtype="float32", kv_dtype="float32", out_dtype="float32"), "fp32"),
@@ -213,12 +282,13 @@ def test_illegal_plans_say_why(changes, word):
     assert reason is not None and word in reason
 
 
-def test_odd_groups_do_not_pair_and_windows_do_not_split():
+def test_odd_groups_do_not_pair_and_masks_take_narrow_tiles():
     odd = replace(CHUNK, num_q_heads=12)
     assert not plan_of(odd).pack_gqa
     assert "odd" in str(illegal(odd, plan_of(odd, pack_gqa=True), H100))
-    windowed = replace(CHUNK, sliding_window=1000)
-    assert "window" in str(illegal(windowed, plan_of(windowed, split_kv=2), H100))
+    masked = replace(CHUNK, custom_mask=True, head_dim_qk=128, head_dim_v=128)
+    assert plan_of(masked).tile.block_n == 64
+    assert "mask" in str(illegal(masked, plan_of(masked, tile=dict(block_n=128)), H100))
 
 
 def test_few_blocks_split_their_keys():
@@ -242,5 +312,5 @@ def test_it_is_the_default_where_it_is_proven_and_blocks_are_full(monkeypatch):
     forget()
     assert select(CHUNK, H100).family == FAMILY
     assert select(replace(CHUNK, max_len_extend=32), H100).family == "tiled"
-    assert select(replace(CHUNK, custom_mask=True), H100).family == "tiled"
+    assert select(replace(CHUNK, custom_mask=True), H100).family == FAMILY
     forget()

@@ -103,7 +103,8 @@ def packed_splits(problem: Problem, device: DeviceSpec, programs: int) -> int:
 
 def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     """128 keys a tile where registers hold their logits beside the accumulator; two heads a program if they pair."""
-    tile = Tile(128, 128 if problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 else 64, 8, 2)
+    wide = problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 and not problem.custom_mask
+    tile = Tile(128, 128 if wide else 64, 8, 2)
     if problem.head_dim_qk > 256:
         tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
     pack = problem.group % 2 == 0 and problem.max_len_extend >= PACK_MIN_LEN_EXTEND

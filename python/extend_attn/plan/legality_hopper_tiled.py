@@ -15,6 +15,7 @@ MAX_ROWS = (1 << 30) - 1  # of a tensor that a ragged descriptor addresses
 KEY_BLOCKS = ((64, (64, 1)), (128, (128, 1)), (192, (64, 3)), (256, (256, 1)), (512, (128, 4)))
 VALUE_BLOCKS = ((64, (64, 1)), (128, (128, 1)), (256, (256, 1)), (512, (256, 2)))
 HELD_MAX = 176  # registers that hold logits, weights and accumulator, of 232 to 240: with more the loops spill
+MASK_KEYS_MAX = 64  # keys of a tile: a mask's bytes take a register each from load to use
 FP8_HEAD_DIM_MAX = 256
 BARRIERS = 1024  # bytes: mbarriers, work items, what warp specialisation passes on
 LAYOUT_SCRATCH = 4096  # bytes: the output changes its layout on its way out; with several slices in the query's place
@@ -39,8 +40,6 @@ def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[
         return f"block_n: {tile.block_n}; allowed are 64 and 128"
     if plan.programs:
         return f"programs: {plan.programs}; only the packed family shares keys evenly"
-    if plan.split_kv > 1 and problem.sliding_window > 0:
-        return f"split_kv: {plan.split_kv}; under a window a row may see no key of a split"
     if plan.pack_gqa and problem.group % 2:
         return f"pack_gqa: two heads of a KV head share a program, and {problem.group} are odd"
     _, chunks, block_dv, _ = tiled_blocks(problem)
@@ -49,6 +48,8 @@ def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[
     held = tile.block_n * 3 // 4 + block_dv // 2  # fp32 logits, two tiles of 16-bit weights, fp32 accumulator
     if held > HELD_MAX:
         return f"registers: {held} a thread for logits, weights and accumulator; there are {HELD_MAX} to hold them"
+    if problem.custom_mask and tile.block_n > MASK_KEYS_MAX:
+        return f"block_n: {tile.block_n}; beside a mask's bytes registers hold the logits of {MASK_KEYS_MAX} keys"
     reason = _not_served(problem)
     if reason:
         return f"hopper_tiled: {reason}"
@@ -59,12 +60,8 @@ def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[
 
 
 def _not_served(problem: Problem) -> Optional[str]:
-    if problem.custom_mask:
-        return "custom_mask: a value that no row sees cannot be kept from the tensor cores"
     if problem.kv_dtype != problem.dtype and max(problem.head_dim_qk, problem.head_dim_v) > FP8_HEAD_DIM_MAX:
         return f"kv_dtype: {problem.kv_dtype} is converted up to head dim {FP8_HEAD_DIM_MAX}; wider, a KiB spills"
-    if problem.q_positions and problem.sliding_window > 0:
-        return "q_positions: its window goes by row"
     if problem.num_tokens > MAX_ROWS:
         return f"num_tokens: {problem.num_tokens}; a descriptor addresses {MAX_ROWS} rows"
     return None

@@ -63,13 +63,11 @@ def _tensors_of_parts(inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object
 
 def _packed_tensors(inputs: Inputs, parts: Sequence[Optional[torch.Tensor]]) -> List[object]:
     """With ``recipe.numbers``, the one place that knows the order of packed_kernel's arguments."""
-    (q, k_new, v_new, o, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr, sinks,
+    (q, k_new, v_new, o, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, prefix_lens, _, mask_indptr, sinks,
      window_offsets, q_positions, lse) = inputs[:NUM_TENSORS]  # fmt: skip
-    if mask is not None:
-        mask = mask.view(torch.uint8)
     return [
         q, k_new, v_new, o, codes_of(k_pool), codes_of(v_pool),
-        qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr,
+        qo_indptr, kv_indptr, kv_indices, prefix_lens, mask_bytes(inputs), mask_indptr,
         sinks, window_offsets, q_positions, lse, *parts,
     ]  # fmt: skip
 
@@ -77,6 +75,12 @@ def _packed_tensors(inputs: Inputs, parts: Sequence[Optional[torch.Tensor]]) -> 
 def codes_of(pool: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
     """An fp8 pool as bytes."""
     return pool.view(torch.uint8) if pool is not None and pool.dtype.itemsize == 1 else pool
+
+
+def mask_bytes(inputs: Inputs) -> Optional[torch.Tensor]:
+    """A mask as bytes."""
+    mask = inputs.custom_mask
+    return None if mask is None else mask.view(torch.uint8)
 
 
 def _constants(inputs: Inputs, problem: Problem) -> Dict[str, Any]:

@@ -15,12 +15,12 @@ from ...plan.tile import Plan
 from ...problem import Problem
 from ..launch_combine import combine_after, combine_tensors
 from ..recipe import Recipe, features, kernel, scalars, strides
-from .launch_packed import FP8_CODES, codes_of
+from .launch_packed import FP8_CODES, codes_of, mask_bytes
 from .tiled import tiled_kernel
 
 # Registers a thread of (consumers, producer): what setmaxnreg divides the 168 of a launch with 12 warps into. A gather
 # needs 40 (with 56 it was 5 to 8 % slower, because the consumers have 224 then), TMA 24.
-# A conversion of fp8 codes holds a tile of them.
+# A conversion of fp8 codes holds a tile of them, a mask its bytes.
 GATHER_REGISTERS, TMA_REGISTERS, FP8_REGISTERS = (232, 40), (240, 24), (216, 80)
 MAX_REGISTERS = 168
 RAGGED_ROWS = 1 << 30  # see tiled_producer.py
@@ -34,9 +34,10 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     row_blocks = -(-problem.max_len_extend // (ROWS if heads == 2 else 2 * ROWS))
     items = row_blocks * problem.batch_size * problem.num_q_heads // heads * slices * plan.split_kv
     on = features(inputs, problem)
-    gather = on["HAS_POOL"]
-    fp8 = FP8_CODES.get(problem.kv_dtype, 0) if gather else 0
-    registers = FP8_REGISTERS if fp8 else GATHER_REGISTERS if gather else TMA_REGISTERS
+    on["CAUSAL"] = on["CAUSAL"] and not on["MASK"]
+    gather = on["HAS_POOL"] or on["MASK"]
+    fp8 = FP8_CODES.get(problem.kv_dtype, 0) if on["HAS_POOL"] else 0
+    registers = FP8_REGISTERS if fp8 or on["MASK"] else GATHER_REGISTERS if gather else TMA_REGISTERS
     constants: Dict[str, Any] = dict(
         NUM_HEADS=problem.num_q_heads,
         GROUP=problem.group,
@@ -51,7 +52,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         K_STAGES=plan.tile.num_stages * chunks,
         V_STAGES=plan.tile.num_stages,
         SPLIT=plan.split_kv > 1,
-        HAS_POOL=gather,
+        HAS_POOL=on["HAS_POOL"],
         UNIFIED=problem.unified,
         FP8=fp8,
         **{name: on[name] for name in _FEATURES},
@@ -61,7 +62,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         PRODUCER_WARPS=4 if gather else 1,
     )
     numbers = (
-        *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.o),
+        *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.v_new), *strides(inputs.o),
         problem.batch_size, row_blocks, plan.split_kv, *scalars(inputs),
     )  # fmt: skip
     tiled = kernel(
@@ -83,7 +84,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
 
 
 _FEATURES = (
-    "CAUSAL", "WINDOW", "SINKS", "CAP", "TEMPERATURE", "Q_POSITIONS", "LSE", "V_SCALED",
+    "CAUSAL", "WINDOW", "MASK", "MASK_PREFIX", "SINKS", "CAP", "TEMPERATURE", "Q_POSITIONS", "LSE", "V_SCALED",
 )  # fmt: skip
 
 
@@ -113,8 +114,8 @@ def _tiled_tensors(
     rows = [i.q if t is None else t for t in (i.q, i.k_new, i.v_new)]  # a unified call has no new ones: never used
     return [
         *(ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
-        codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse, i.qo_indptr, i.kv_indptr, i.kv_indices, i.prefix_lens,
-        i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
+        i.v_new, codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse, i.qo_indptr, i.kv_indptr, i.kv_indices,
+        i.prefix_lens, mask_bytes(i), i.mask_indptr, i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
     ]  # fmt: skip
 
 

@@ -21,13 +21,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .gluon_compat import struct
 from .ring import Ring, barriers
 from .tiled_epilogue import store, store_part
+from .tiled_masks import BOTH, NEW, POOL, before_end, seen
 from .tiled_producer import Sources, produce
 from .tiled_schedule import FIELDS, MESSAGES, receive
-from .tiled_softmax import BOTH, NEW, POOL, before_end, logits, scales, seen, temperature_of, weigh
+from .tiled_softmax import logits, scales, temperature_of, weigh
 from .tiled_work import ROWS, Call, Memory, Shape, place_of, tiles_of
 
 # Which tiles of a loop are masked.
-NONE, END, SOME = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+NONE, END, SOME, ALL = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3)
 
 
 @struct
@@ -49,7 +50,7 @@ def start_scores(WHO: gl.constexpr, memory, n, c):
     for chunk in gl.static_range(c.K_CHUNKS):
         at = n * c.K_CHUNKS + chunk
         memory.k_ring.wait_full(at)
-        if c.HAS_POOL:
+        if c.GATHER:
             fence_async_shared()
         q = memory.q_slots.index(WHO * c.K_CHUNKS + chunk)
         acc = warpgroup_mma(q, memory.k_ring.slot(at).permute((1, 0)), acc, use_acc=chunk > 0, is_async=True)
@@ -78,7 +79,7 @@ def skip_keys(memory, n, c):
 def start_products(memory, state, n, c):
     """Issues O += P V of the value tile in ring position ``n``."""
     memory.v_ring.wait_full(n)
-    if c.HAS_POOL:
+    if c.GATHER:
         fence_async_shared()
     return warpgroup_mma(state.p, memory.v_ring.slot(n), state.o, is_async=True)
 
@@ -109,17 +110,22 @@ def walk(
 ):  # fmt: skip
     """Folds key tiles ``first``..``stop`` into the state. Tile t lies in ring position ``n`` + t.
 
-    KEYS: NEW, POOL or BOTH. EDGES: NONE of the tiles is masked, the prefix's END is, or SOME are as ``place`` says.
+    KEYS: NEW, POOL or BOTH. EDGES: NONE of the tiles is masked, the prefix's END is, SOME are as ``place`` says, or
+    ALL; a custom mask's bytes are then on their way while the scores are made.
     """
     for t in range(first, stop):
         s_acc = start_scores(WHO, memory, n + t, c)
         o_acc = start_products(memory, state, n + t - 1, c)
         scale, v_scale = scales(t, tiles, call, KEYS, c)
+        if EDGES == ALL:
+            visible = seen(t, tiles, place, item, call, KEYS, c)
         s = warpgroup_mma_wait(1, [s_acc])
         release_keys(memory, n + t, c)
         s = logits(s, scale, temperature, call, EDGES != NONE, c)
         if EDGES == END:
             s = gl.where(before_end(item, c), s, float("-inf"))
+        elif EDGES == ALL:
+            s = gl.where(visible, s, float("-inf"))
         elif EDGES == SOME:
             whole = (t < place.stop_new) | ((t >= place.start_pool) & (t < place.stop_pool))
             if not whole:
@@ -149,19 +155,20 @@ def attend(WHO: gl.constexpr, memory, call, item, tiles, row0, n, c):
             memory.v_ring.wait_full(n + tiles.begin)
             memory.v_ring.release(n + tiles.begin)
     first = place.begin + 1
-    if c.WINDOW:
+    NEW_EDGES: gl.constexpr = ALL if c.MASK else NONE
+    if c.WINDOW or c.MASK_PREFIX:
         state = walk(
             WHO, memory, call, item, tiles, place, temperature, state, n, first, tiles.end,
-            BOTH if c.HAS_POOL else NEW, SOME, c,
+            BOTH if c.HAS_POOL else NEW, ALL if c.MASK else SOME, c,
         )  # fmt: skip
     elif not c.HAS_POOL:
         state = walk(
-            WHO, memory, call, item, tiles, place, temperature, state, n, first, tiles.end, NEW, NONE, c
+            WHO, memory, call, item, tiles, place, temperature, state, n, first, tiles.end, NEW, NEW_EDGES, c
         )  # fmt: skip
     else:
         stop_new = gl.minimum(tiles.new_tiles, tiles.end)
         stop_cut = gl.minimum(place.start_pool, tiles.end)
-        state = walk(WHO, memory, call, item, tiles, place, temperature, state, n, first, stop_new, NEW, NONE, c)
+        state = walk(WHO, memory, call, item, tiles, place, temperature, state, n, first, stop_new, NEW, NEW_EDGES, c)
         first_cut = gl.maximum(tiles.new_tiles, first)
         state = walk(WHO, memory, call, item, tiles, place, temperature, state, n, first_cut, stop_cut, POOL, END, c)
         first_pool = gl.maximum(place.start_pool, first)
@@ -213,48 +220,56 @@ def consume(WHO: gl.constexpr, call, memory, c):
 
 UNSPECIALIZED = [
     "batch_size", "row_blocks", "splits", "window", "new_scale", "pool_scale", "v_scale", "logit_cap",
-    "temperature_len", "log2_temperature_len", "stride_ks", "stride_kg", "stride_vs", "stride_vg", "stride_ot",
-    "stride_oh",
+    "temperature_len", "log2_temperature_len", "stride_ks", "stride_kg", "stride_vs", "stride_vg", "stride_vt",
+    "stride_vh", "stride_ot", "stride_oh",
 ]  # fmt: skip
-UNALIGNED = ["qo_indptr", "kv_indptr", "kv_indices", "prefix_lens", "sinks", "window_offsets", "q_positions", "lse"]
+UNALIGNED = [
+    "qo_indptr", "kv_indptr", "kv_indices", "prefix_lens", "custom_mask", "mask_indptr", "sinks", "window_offsets",
+    "q_positions", "lse",
+]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def tiled_kernel(
-    q_desc, k_desc, v_desc, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices, prefix_lens, sinks,
-    window_offsets, q_positions, partial, partial_ml, stride_ks, stride_kg, stride_vs, stride_vg, stride_ot, stride_oh,
-    batch_size, row_blocks, splits, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len,
-    log2_temperature_len,
+    q_desc, k_desc, v_desc, v_new, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices, prefix_lens, custom_mask,
+    mask_indptr, sinks, window_offsets, q_positions, partial, partial_ml, stride_ks, stride_kg, stride_vs, stride_vg,
+    stride_vt, stride_vh, stride_ot, stride_oh, batch_size, row_blocks, splits, window, new_scale, pool_scale, v_scale,
+    logit_cap, temperature_len, log2_temperature_len,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr, K_CHUNKS: gl.constexpr,
     BLOCK_DV: gl.constexpr, V_SLICES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     SPLIT: gl.constexpr, HAS_POOL: gl.constexpr, UNIFIED: gl.constexpr, FP8: gl.constexpr, CAUSAL: gl.constexpr,
-    WINDOW: gl.constexpr, SINKS: gl.constexpr, CAP: gl.constexpr, TEMPERATURE: gl.constexpr,
-    Q_POSITIONS: gl.constexpr, LSE: gl.constexpr, V_SCALED: gl.constexpr, NEGATE: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr,
+    WINDOW: gl.constexpr, MASK: gl.constexpr, MASK_PREFIX: gl.constexpr, SINKS: gl.constexpr, CAP: gl.constexpr,
+    TEMPERATURE: gl.constexpr, Q_POSITIONS: gl.constexpr, LSE: gl.constexpr, V_SCALED: gl.constexpr,
+    NEGATE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    PRODUCER_WARPS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are ragged (launch_tiled.py); tensors as in ``Inputs``; numbers in the order of recipe.scalars."""
-    ARRIVALS: gl.constexpr = 128 if HAS_POOL else 1  # a gathered slot is filled by all threads of the producer
+    GATHER: gl.constexpr = HAS_POOL or MASK
+    ARRIVALS: gl.constexpr = 128 if GATHER else 1  # a gathered slot is filled by all threads of the producer
     OFFSETS: gl.constexpr = window_offsets is not None
+    BY_POSITION: gl.constexpr = WINDOW and Q_POSITIONS
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     c = Shape(
         NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 else 2 * ROWS, HEAD_DIM, HEAD_DIM_V, BLOCK_N,
-        K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, SPLIT, HAS_POOL, UNIFIED, FP8, CAUSAL, WINDOW, SINKS, CAP,
-        TEMPERATURE, Q_POSITIONS, OFFSETS, LSE, V_SCALED, NEGATE,
+        K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, SPLIT, HAS_POOL, GATHER, UNIFIED, FP8, CAUSAL, WINDOW, MASK,
+        MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK or (WINDOW and SPLIT), OFFSETS, LSE,
+        V_SCALED, NEGATE,
         gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]), O, gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip
     call = Call(
         o, lse if LSE else o, partial if SPLIT else o, partial_ml if SPLIT else o, qo_indptr, kv_indptr,
-        prefix_lens if UNIFIED else o, sinks if SINKS else o, window_offsets if OFFSETS else o,
-        q_positions if Q_POSITIONS else o, gl.to_tensor(stride_ot), gl.to_tensor(stride_oh),
-        gl.to_tensor(batch_size), gl.to_tensor(row_blocks), gl.to_tensor(splits), gl.to_tensor(window),
-        gl.to_tensor(new_scale), gl.to_tensor(pool_scale),
+        prefix_lens if UNIFIED else o, custom_mask if MASK else o, mask_indptr if MASK else o, sinks if SINKS else o,
+        window_offsets if OFFSETS else o, q_positions if Q_POSITIONS else o, gl.to_tensor(stride_ot),
+        gl.to_tensor(stride_oh), gl.to_tensor(batch_size), gl.to_tensor(row_blocks), gl.to_tensor(splits),
+        gl.to_tensor(window), gl.to_tensor(new_scale), gl.to_tensor(pool_scale),
         gl.to_tensor(v_scale), gl.to_tensor(logit_cap), gl.to_tensor(temperature_len),
         gl.to_tensor(log2_temperature_len),
     )  # fmt: skip
     sources = Sources(
-        q_desc, k_desc, v_desc, k_pool if HAS_POOL else o, v_pool if HAS_POOL else o, kv_indices,
-        gl.to_tensor(stride_ks), gl.to_tensor(stride_kg), gl.to_tensor(stride_vs), gl.to_tensor(stride_vg),
+        q_desc, k_desc, v_desc, k_pool if HAS_POOL else o, v_pool if HAS_POOL else o,
+        o if v_new is None else v_new, kv_indices, gl.to_tensor(stride_ks), gl.to_tensor(stride_kg),
+        gl.to_tensor(stride_vs), gl.to_tensor(stride_vg), gl.to_tensor(stride_vt), gl.to_tensor(stride_vh),
     )  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, K_COLUMNS], dtype)

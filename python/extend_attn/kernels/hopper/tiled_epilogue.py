@@ -28,8 +28,9 @@ def store(WHO: gl.constexpr, memory, call, item, row0, head, o, m, l, c):
     if c.SINKS:
         sink = gl.load(call.sinks + head).to(gl.float32) * LOG2E
         m_new = gl.maximum(m, sink)
-        alpha = gl.exp2(m - m_new)
-        l = l * alpha + gl.exp2(sink - m_new)
+        finite = gl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = gl.exp2(m - finite)
+        l = l * alpha + gl.exp2(sink - finite)
         o = o * gl.convert_layout(alpha, gl.SliceLayout(1, c.O))[:, None]
         m = m_new
     if c.LSE:
@@ -37,6 +38,8 @@ def store(WHO: gl.constexpr, memory, call, item, row0, head, o, m, l, c):
             token = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, c.S))
             at = (item.q_start + token).to(gl.int64) * c.NUM_HEADS + head
             gl.store(call.lse + at, (m + gl.log2(l)) * LN2, mask=token < item.extend_len)
+    if c.UNSEEN:  # 0 for a row that saw nothing; its LSE is -inf
+        l = gl.where(l == 0.0, 1.0, l)
     o = o * gl.convert_layout(1.0 / l, gl.SliceLayout(1, c.O))[:, None]
     if DIRECT:
         out = o

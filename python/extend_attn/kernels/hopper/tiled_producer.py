@@ -16,24 +16,29 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .fp8_rows import load_codes, put_codes
 from .gluon_compat import gather_load, struct, tma_load
+from .tiled_masks import some_row_sees
 from .tiled_schedule import count_blocks, find_item, item_index, publish
 from .tiled_work import ROWS, tiles_of
 
 
 @struct
 class Sources:
-    """Where rows come from: ragged descriptors of q, k and v, the pools [slots, heads, dim] and the slots' numbers."""
+    """Where rows come from: ragged descriptors of q, k and v, the pools [slots, heads, dim] and the slots' numbers; v
+    once more, for rows that a mask may hide."""
 
     q: tma.tensor_descriptor
     k: tma.tensor_descriptor
     v: tma.tensor_descriptor
     k_pool: gl.tensor
     v_pool: gl.tensor
+    v_new: gl.tensor
     kv_indices: gl.tensor
     stride_ks: gl.tensor
     stride_kg: gl.tensor
     stride_vs: gl.tensor
     stride_vg: gl.tensor
+    stride_vt: gl.tensor
+    stride_vh: gl.tensor
 
 
 RAGGED: gl.constexpr = gl.constexpr(1 << 30)  # rows of a ragged descriptor's last-but-two dimension
@@ -92,14 +97,17 @@ def load_values(desc, item, tile, head, ring, n, arrivals: gl.constexpr, c):
 
 @gluon.jit
 def gather(
-    rows, column, limit: gl.constexpr, columns: gl.constexpr, PADDED: gl.constexpr, barrier, destination,
-    LAYOUT: gl.constexpr,
+    rows, exists, column, limit: gl.constexpr, columns: gl.constexpr, PADDED: gl.constexpr, HIDDEN: gl.constexpr,
+    barrier, destination, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Columns [column, column + columns) of the rows at pointers ``rows``; zeros from ``limit`` on, if PADDED."""
+    """Columns [column, column + columns) of the rows at pointers ``rows``; zeros from ``limit`` on, if PADDED, and for
+    rows that do not exist, if HIDDEN."""
     offset = column + gl.arange(0, columns, layout=gl.SliceLayout(0, LAYOUT))
     pointers = rows[:, None] + offset[None, :]
     pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])
-    if PADDED:
+    if HIDDEN:
+        gather_load(destination, pointers, mask=exists[:, None] & (offset < limit)[None, :])
+    elif PADDED:
         gather_load(destination, pointers, mask=(offset < limit)[None, :])
     else:
         gather_load(destination, pointers)
@@ -107,10 +115,10 @@ def gather(
 
 
 @gluon.jit
-def convert(rows, slots, COLUMN: gl.constexpr, limit: gl.constexpr, columns: gl.constexpr, ring, n,
+def convert(rows, exists, COLUMN: gl.constexpr, limit: gl.constexpr, columns: gl.constexpr, ring, n,
             LAYOUT: gl.constexpr, c):  # fmt: skip
     """``gather`` of an fp8 pool's rows, by pointers to words of four codes; these wait in registers for the slot."""
-    codes = load_codes(rows, slots >= 0, COLUMN, columns, limit, LAYOUT)
+    codes = load_codes(rows, exists, COLUMN, columns, limit, LAYOUT)
     ring.wait_empty(n)
     put_codes(ring.slot(n), codes, 0, c.FP8, ring.slots.dtype == gl.float16)
     fence_async_shared()
@@ -133,22 +141,43 @@ def gather_keys(base, slots, stride, ring, n, LAYOUT: gl.constexpr, c):
     for chunk in gl.static_range(c.K_CHUNKS):
         at = n * c.K_CHUNKS + chunk
         if c.FP8:
-            convert(rows, slots, chunk * c.K_COLUMNS, c.HEAD_DIM, c.K_COLUMNS, ring, at, LAYOUT, c)
+            convert(rows, slots >= 0, chunk * c.K_COLUMNS, c.HEAD_DIM, c.K_COLUMNS, ring, at, LAYOUT, c)
         else:
             ring.wait_empty(at)
-            gather(rows, chunk * c.K_COLUMNS, c.HEAD_DIM, c.K_COLUMNS, PADDED, ring.filled(at), ring.slot(at), LAYOUT)
+            gather(
+                rows, slots, chunk * c.K_COLUMNS, c.HEAD_DIM, c.K_COLUMNS, PADDED, False, ring.filled(at),
+                ring.slot(at), LAYOUT,
+            )  # fmt: skip
 
 
 @gluon.jit
-def gather_values(base, slots, stride, v_slice, ring, n, LAYOUT: gl.constexpr, c):
+def gather_values(base, slots, exists, stride, v_slice, ring, n, LAYOUT: gl.constexpr, c):
     PADDED: gl.constexpr = c.HEAD_DIM_V != c.BLOCK_DV * c.V_SLICES
     rows = rows_of(base, slots, stride, c)
     if c.FP8:
         rows += v_slice * (c.BLOCK_DV // 4)
-        convert(rows, slots, 0, c.HEAD_DIM_V, c.BLOCK_DV, ring, n, LAYOUT, c)
+        convert(rows, exists, 0, c.HEAD_DIM_V, c.BLOCK_DV, ring, n, LAYOUT, c)
     else:
         ring.wait_empty(n)
-        gather(rows, v_slice * c.BLOCK_DV, c.HEAD_DIM_V, c.BLOCK_DV, PADDED, ring.filled(n), ring.slot(n), LAYOUT)
+        gather(
+            rows, exists, v_slice * c.BLOCK_DV, c.HEAD_DIM_V, c.BLOCK_DV, PADDED, c.MASK_PREFIX, ring.filled(n),
+            ring.slot(n), LAYOUT,
+        )  # fmt: skip
+
+
+@gluon.jit
+def gather_new_values(sources, item, tiles, t, head, ring, n, call, c):
+    """New tile t's values, without those that a mask hides from all rows of the item."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
+    row = (tiles.new_hi - 1 - t) * c.BLOCK_N + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+    rows = sources.v_new + head.to(gl.int64) * sources.stride_vh
+    rows += (item.q_start + row).to(gl.int64) * sources.stride_vt
+    ring.wait_empty(n)
+    gather(
+        rows, exists, item.v_slice * c.BLOCK_DV, c.HEAD_DIM_V, c.BLOCK_DV, True, True, ring.filled(n), ring.slot(n),
+        LAYOUT,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -204,11 +233,17 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
                             gather_keys(k_base, following, sources.stride_ks, memory.k_ring, n, LAYOUT, c)
                     if t == tiles.begin:
                         load_query(sources.q, item, memory, number, c)
+                    elif c.MASK and (not c.UNIFIED) and t <= tiles.new_tiles:
+                        gather_new_values(sources, item, tiles, t - 1, head, memory.v_ring, n - 1, call, c)
                     elif (not c.UNIFIED) and t <= tiles.new_tiles:
                         load_values(sources.v, item, tiles.new_hi - t, head, memory.v_ring, n - 1, ARRIVALS, c)
                     elif c.HAS_POOL:
-                        v_ring = memory.v_ring
-                        gather_values(v_base, slots, sources.stride_vs, item.v_slice, v_ring, n - 1, LAYOUT, c)
+                        exists = slots >= 0
+                        if c.MASK_PREFIX:
+                            exists = some_row_sees(t - 1, tiles, item, call, LAYOUT, c)
+                        gather_values(
+                            v_base, slots, exists, sources.stride_vs, item.v_slice, memory.v_ring, n - 1, LAYOUT, c
+                        )  # fmt: skip
                     slots = following
                     n += 1
                 n -= 1

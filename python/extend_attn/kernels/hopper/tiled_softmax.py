@@ -1,4 +1,4 @@
-"""Logits, masks and the online softmax of a consumer's tile [rows, keys], in base 2 as in kernels/softmax.py."""
+"""Logits and the online softmax of a consumer's tile [rows, keys], in base 2 as in kernels/softmax.py."""
 
 # Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
 
@@ -6,10 +6,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..softmax import LOG2E
-from .tiled_work import ROWS
-
-# Where the key tiles of a loop lie.
-NEW, POOL, BOTH = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+from .tiled_masks import NEW, POOL
+from .tiled_work import ROWS, offset_of
 
 
 @gluon.jit
@@ -46,9 +44,7 @@ def temperature_of(call, item, row0, c):
     factor = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, c.S))
     if c.TEMPERATURE:
         token = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, c.S))
-        position = item.prefix_len + token
-        if c.OFFSETS:
-            position += gl.load(call.window_offsets + item.sequence).to(gl.int32)
+        position = offset_of(item, call, c) + item.prefix_len + token
         if c.Q_POSITIONS:
             position = gl.load(call.q_positions + item.q_start + token, mask=token < item.extend_len, other=0)
         bent = gl.log2(gl.maximum(position, 1).to(gl.float32)) / call.log2_temperature_len
@@ -57,40 +53,18 @@ def temperature_of(call, item, row0, c):
 
 
 @gluon.jit
-def before_end(item, c):
-    """Which columns of the prefix's last tile there are."""
-    key = gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(0, c.S))
-    return (key < item.prefix_len % c.BLOCK_N)[None, :]
-
-
-@gluon.jit
-def seen(t, tiles, place, item, call, KEYS: gl.constexpr, c):
-    """Which keys of tile t the rows see: those that exist, up to the diagonal, from the window's start on."""
-    start = (tiles.new_hi - 1 - t) * c.BLOCK_N
-    limit = item.extend_len - start
-    row = place.row0 - start
-    if KEYS == BOTH:
-        start = (tiles.pool_hi - 1 - (t - tiles.new_tiles)) * c.BLOCK_N
-        limit = gl.where(t < tiles.new_tiles, limit, item.prefix_len - start)
-        row = gl.where(t < tiles.new_tiles, row, place.row0 + item.prefix_len - start)
-    key = gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(0, c.S))[None, :]
-    rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, c.S))[:, None]
-    visible = key < limit
-    if c.CAUSAL:
-        visible = visible & (key <= rows)
-    if c.WINDOW:
-        visible = visible & (rows <= key + call.window)
-    return visible
-
-
-@gluon.jit
 def weigh(s, m, l, scale, SCALED: gl.constexpr, c):
     """One step of the online softmax: (weights, factor of what came before, maximum, sum).
 
-    Logits that are not SCALED yet take one fused multiply-add. Every row has seen a key: the first tile of a walk holds
-    its own token's, and splits have whole tiles.
+    Logits that are not SCALED yet take one fused multiply-add. Every row has seen a key, its own token's in a walk's
+    first tile, or all of a whole tile's, unless UNSEEN.
     """
-    if SCALED or c.CAP or c.TEMPERATURE:
+    if SCALED and c.UNSEEN:
+        m_new = gl.maximum(m, gl.max(s, 1))
+        finite = gl.where(m_new == float("-inf"), 0.0, m_new)
+        p = gl.exp2(s - finite[:, None])
+        return p, gl.exp2(m - finite), m_new, l * gl.exp2(m - finite) + gl.sum(p, 1)
+    elif SCALED or c.CAP or c.TEMPERATURE:
         m_new = gl.maximum(m, gl.max(s, 1))
         p = gl.exp2(s - m_new[:, None])
     else:

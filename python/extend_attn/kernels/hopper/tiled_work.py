@@ -18,8 +18,9 @@ class Shape:
 
     HEADS 2: the two consumers take two query heads of one KV head over the same 64 tokens; 1: two blocks of 64 tokens
     of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns. SPLIT:
-    items that share a block's keys. FP8: 0, or what fp8_rows.py calls the pool's codes. S, O, P: the layouts of a
-    consumer's logits, accumulator, weights.
+    items that share a block's keys. GATHER: whether any rows are copied one by one. FP8: 0, or what fp8_rows.py calls
+    the pool's codes. BY_POSITION: the window goes by ``q_positions``. UNSEEN: a row may see no key of an item. S, O, P:
+    the layouts of a consumer's logits, accumulator, weights.
     """
 
     NUM_HEADS: gl.constexpr
@@ -36,14 +37,19 @@ class Shape:
     V_SLICES: gl.constexpr
     SPLIT: gl.constexpr
     HAS_POOL: gl.constexpr
+    GATHER: gl.constexpr
     UNIFIED: gl.constexpr
     FP8: gl.constexpr
     CAUSAL: gl.constexpr
     WINDOW: gl.constexpr
+    MASK: gl.constexpr
+    MASK_PREFIX: gl.constexpr
     SINKS: gl.constexpr
     CAP: gl.constexpr
     TEMPERATURE: gl.constexpr
     Q_POSITIONS: gl.constexpr
+    BY_POSITION: gl.constexpr
+    UNSEEN: gl.constexpr
     OFFSETS: gl.constexpr
     LSE: gl.constexpr
     V_SCALED: gl.constexpr
@@ -65,6 +71,8 @@ class Call:
     qo_indptr: gl.tensor
     kv_indptr: gl.tensor
     prefix_lens: gl.tensor
+    custom_mask: gl.tensor
+    mask_indptr: gl.tensor
     sinks: gl.tensor
     window_offsets: gl.tensor
     q_positions: gl.tensor
@@ -145,13 +153,38 @@ class Place:
 
 
 @gluon.jit
+def offset_of(item, call, c):
+    """The position of the sequence's first key."""
+    offset = gl.to_tensor(0)
+    if c.OFFSETS:
+        offset = gl.load(call.window_offsets + item.sequence).to(gl.int32)
+    return offset
+
+
+@gluon.jit
+def positions(item, first, TOKENS: gl.constexpr, call, c):
+    """(least, greatest) position of the tokens ``first``.., counted from the sequence's first key; a block may lack
+    tokens: the greatest is then no less."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([TOKENS // 32], [32], [gl.num_warps()], [0])
+    token = first + gl.arange(0, TOKENS, layout=LAYOUT)
+    at = call.q_positions + item.q_start + token
+    real = token < item.extend_len
+    offset = offset_of(item, call, c)
+    least = gl.min(gl.load(at, mask=real, other=0x7FFFFFFF), 0) - offset
+    return least, gl.max(gl.load(at, mask=real, other=0), 0) - offset
+
+
+@gluon.jit
 def tiles_of(item, call, c):
     new_lo = gl.to_tensor(0)
     new_hi = gl.cdiv(item.extend_len, c.BLOCK_N)
     if c.CAUSAL:
         new_hi = gl.cdiv(gl.minimum(item.first + c.TOKENS, item.extend_len), c.BLOCK_N)
     pool_first = gl.to_tensor(0)
-    if c.WINDOW:
+    if c.BY_POSITION:  # the new tokens' positions are free: any may be seen, none surely
+        least, _ = positions(item, item.first, c.TOKENS, call, c)
+        pool_first = gl.maximum(least - call.window, 0)
+    elif c.WINDOW:
         new_lo = gl.maximum(item.first - call.window, 0) // c.BLOCK_N
         pool_first = gl.maximum(item.prefix_len + item.first - call.window, 0)
     pool_hi = gl.cdiv(item.prefix_len, c.BLOCK_N)
@@ -176,7 +209,11 @@ def place_of(item, tiles, row0, call, c):
     cut = gl.where((item.prefix_len % c.BLOCK_N != 0) & (pool_tiles > 0), 1, 0)  # the prefix ends inside its last tile
     full_lo = tiles.new_lo
     pool_full_lo = tiles.pool_lo
-    if c.WINDOW:
+    if c.BY_POSITION:
+        _, greatest = positions(item, row0, ROWS, call, c)
+        full_lo = tiles.new_hi
+        pool_full_lo = gl.maximum(pool_full_lo, gl.cdiv(gl.maximum(greatest - call.window, 0), c.BLOCK_N))
+    elif c.WINDOW:
         edge = row0 + ROWS - 1 - call.window  # the last row sees from here on
         full_lo = gl.maximum(full_lo, gl.cdiv(gl.maximum(edge, 0), c.BLOCK_N))
         pool_full_lo = gl.maximum(pool_full_lo, gl.cdiv(gl.maximum(edge + item.prefix_len, 0), c.BLOCK_N))
