@@ -116,6 +116,25 @@ def test_fp32_output_of_sliced_values_is_not_rounded():
 def test_repeats_are_bit_identical(dim, gqa):
     mode = GPU["hopper_tiled_gqa" if gqa else "hopper_tiled"]
     case = make_case(dtype=torch.bfloat16, device="cuda", lengths=UGLY, heads=(4, 2), dim=dim)
+    repeat(mode, case)
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dict(dim=576, dim_v=512, alias=True, heads=(4, 1)),
+        dict(dim=128, mask="random", mask_prefix=True),
+        dict(dim=256, mask="tree", tree_positions=True, window=100),
+    ],
+    ids=str,
+)
+def test_repeats_of_latent_and_masked_calls(spec):
+    repeat(GPU["hopper_tiled"], make_case(**{"dtype": torch.bfloat16, "device": "cuda", "lengths": UGLY, **spec}))
+
+
+def repeat(mode, case) -> None:
     first = mode.call(case)[0].nan_to_num()
     assert all(torch.equal(first, mode.call(case)[0].nan_to_num()) for _ in range(150))
 
@@ -224,6 +243,31 @@ def test_unified(spec, dim, gqa):
 
 @gpu
 @hopper
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dict(),
+        dict(heads=(16, 1), dtype=torch.float16, out_dtype=torch.float32),
+        dict(dim=520, dim_v=400, sinks=torch.float32, logit_cap=20.0),
+        dict(unified=True),
+        dict(window=100, k_scale=0.5, v_scale=2.0, temperature_len=100),
+        dict(mask="tree", window=100, tree_positions=True),
+        dict(mask="random", mask_prefix=True, causal=False),
+        dict(lengths=[(e, 0) for e, _ in UGLY]),
+        dict(lengths=[(e, 0) for e, _ in UGLY], mask="random"),
+        dict(mask="nothing", unified=True, sm_scale=-0.1),
+    ],
+    ids=str,
+)
+def test_latent_values(spec, splits):
+    spec = {"dim": 576, "dim_v": 512, "heads": (4, 1), "lengths": UGLY, "dtype": torch.bfloat16, **spec}
+    case = make_case(device="cuda", alias=True, **spec)
+    GPU["hopper_tiled"].check(case, plan={"family": FAMILY, "split_kv": splits})
+
+
+@gpu
+@hopper
 @pytest.mark.parametrize("unified, gqa", [(False, True), (True, False)])
 @pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("dim, dtype", [(64, torch.float16), (96, torch.bfloat16), (128, torch.float16),
@@ -280,6 +324,18 @@ def test_what_it_does_not_serve_falls_to_the_plain_family(changes, word):
 def test_illegal_plans_say_why(changes, word):
     reason = illegal(CHUNK, plan_of(CHUNK, **changes), H100)
     assert reason is not None and word in reason
+
+
+LATENT = replace(CHUNK, head_dim_qk=576, head_dim_v=512, num_kv_heads=1, v_aliases_k_pool=True, v_aliases_k_new=True)
+
+
+def test_latent_values_need_an_alias_and_have_a_plan_of_their_own():
+    plan = plan_of(LATENT)
+    assert (plan.tile.block_m, plan.pack_gqa) == (64, False)
+    assert illegal(LATENT, plan, H100) is None
+    assert "share one head" in str(illegal(LATENT, replace(plan, pack_gqa=True), H100))
+    for half in (dict(v_aliases_k_pool=False), dict(v_aliases_k_new=False)):
+        assert "head dims" in str(illegal(replace(LATENT, **half), plan_of(CHUNK), H100))
 
 
 def test_odd_groups_do_not_pair_and_masks_take_narrow_tiles():

@@ -15,7 +15,7 @@ from .legality_hopper import (
     packed_held,
     packed_held_max,
 )
-from .legality_hopper_tiled import ROWS, tiled_blocks
+from .legality_hopper_tiled import ROWS, latent, tiled_blocks, tiled_rows
 from .tile import BLOCK_M_MIN, STAGES_MAX, Plan, Tile
 
 # Families that passed the contract tests on a GPU and were faster there than the plain ones; no other is a default.
@@ -104,10 +104,10 @@ def packed_splits(problem: Problem, device: DeviceSpec, programs: int) -> int:
 def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     """128 keys a tile where registers hold their logits beside the accumulator; two heads a program if they pair."""
     wide = problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 and not problem.custom_mask
-    tile = Tile(128, 128 if wide else 64, 8, 2)
-    if problem.head_dim_qk > 256:
+    tile = Tile(tiled_rows(problem), 128 if wide else 64, 8, 2)
+    if problem.head_dim_qk > 256 and not latent(problem):
         tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
-    pack = problem.group % 2 == 0 and problem.max_len_extend >= PACK_MIN_LEN_EXTEND
+    pack = problem.group % 2 == 0 and not latent(problem) and problem.max_len_extend >= PACK_MIN_LEN_EXTEND
     split_kv = tiled_splits(problem, device, tile.block_n, pack)
     return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=split_kv > 1, source="heuristic")
 
@@ -116,9 +116,9 @@ def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool)
     """Programs that share the keys of a block of rows: one if blocks fill the GPU, or a window makes them short."""
     if problem.sliding_window > 0:
         return 1
-    tokens = ROWS if pack else 2 * ROWS
+    tokens = ROWS if pack else tiled_rows(problem)
     blocks = -(-problem.max_len_extend // tokens)
-    slices = tiled_blocks(problem)[3]
+    slices = 1 if latent(problem) else tiled_blocks(problem)[3]
     items = max(problem.batch_size, 1) * blocks * slices * problem.num_q_heads // (2 if pack else 1)
     most_tiles = -(-(problem.prefix_hint + problem.max_len_extend) // block_n)
     if items >= FULL_WAVE * device.sm_count or items == 0:

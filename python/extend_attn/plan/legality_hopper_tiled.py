@@ -14,6 +14,7 @@ MAX_ROWS = (1 << 30) - 1  # of a tensor that a ragged descriptor addresses
 # (largest head dim, (columns of a slot of keys, slots a key)) and the same of values
 KEY_BLOCKS = ((64, (64, 1)), (128, (128, 1)), (192, (64, 3)), (256, (256, 1)), (512, (128, 4)))
 VALUE_BLOCKS = ((64, (64, 1)), (128, (128, 1)), (256, (256, 1)), (512, (256, 2)))
+LATENT_VALUES, LATENT_REST = 512, 64  # columns of a latent key that are its value, and behind them
 HELD_MAX = 176  # registers that hold logits, weights and accumulator, of 232 to 240: with more the loops spill
 MASK_KEYS_MAX = 64  # keys of a tile: a mask's bytes take a register each from load to use
 FP8_HEAD_DIM_MAX = 256
@@ -21,30 +22,53 @@ BARRIERS = 1024  # bytes: mbarriers, work items, what warp specialisation passes
 LAYOUT_SCRATCH = 4096  # bytes: the output changes its layout on its way out; with several slices in the query's place
 
 
+def v_is_k(problem: Problem) -> bool:
+    """Whether every V row lies in its K row, so that one read serves both (absorbed MLA)."""
+    pool = problem.v_aliases_k_pool or not problem.has_pool
+    return pool and (problem.unified or problem.v_aliases_k_new)
+
+
+def latent(problem: Problem) -> bool:
+    """Whether two consumers share rows and a key tile is read once, as keys and as values (tiled_latent.py)."""
+    return v_is_k(problem) and LATENT_VALUES < problem.head_dim_qk <= LATENT_VALUES + LATENT_REST
+
+
 def tiled_blocks(problem: Problem) -> Tuple[int, int, int, int]:
     """(columns of a slot of keys, slots a key, columns of a slot of values, slices of a value).
 
-    Narrower heads are padded with zeros on their way into shared memory. Zeros where there is no kernel.
+    Narrower heads are padded with zeros on their way into shared memory. Latent keys have LATENT_REST more columns.
+    Zeros where there is no kernel.
     """
+    if latent(problem):
+        return (256, 2, 256, 2)
     keys = next((blocks for most, blocks in KEY_BLOCKS if problem.head_dim_qk <= most), None)
     values = next((blocks for most, blocks in VALUE_BLOCKS if problem.head_dim_v <= most), None)
     return (*keys, *values) if keys and values else (0, 0, 0, 0)
 
 
+def tiled_rows(problem: Problem) -> int:
+    """Query rows of a program."""
+    return ROWS if latent(problem) else 2 * ROWS
+
+
 def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
     """Why the family's ``plan`` cannot run ``problem``, or None if it can."""
     tile = plan.tile
-    if (tile.block_m, tile.num_warps) != (2 * ROWS, WARPS):
-        return f"tile: {tile}; two consumers of {ROWS} rows and 4 warps are block_m {2 * ROWS}, num_warps {WARPS}"
+    rows = tiled_rows(problem)
+    if (tile.block_m, tile.num_warps) != (rows, WARPS):
+        return f"tile: {tile}; two consumers of 4 warps over {rows} rows are block_m {rows}, num_warps {WARPS}"
     if tile.block_n not in (64, 128):
         return f"block_n: {tile.block_n}; allowed are 64 and 128"
     if plan.programs:
         return f"programs: {plan.programs}; only the packed family shares keys evenly"
+    if plan.pack_gqa and latent(problem):
+        return "pack_gqa: the two consumers share one head's rows where values are the front of latent keys"
     if plan.pack_gqa and problem.group % 2:
         return f"pack_gqa: two heads of a KV head share a program, and {problem.group} are odd"
     _, chunks, block_dv, _ = tiled_blocks(problem)
     if chunks == 0:
-        return f"head dims {problem.head_dim_qk}/{problem.head_dim_v}; keys and values have up to 512 columns"
+        widest = f"up to {LATENT_VALUES}, keys with all values at their front up to {LATENT_VALUES + LATENT_REST}"
+        return f"head dims {problem.head_dim_qk}/{problem.head_dim_v}; keys and values have {widest} columns"
     held = tile.block_n * 3 // 4 + block_dv // 2  # fp32 logits, two tiles of 16-bit weights, fp32 accumulator
     if held > HELD_MAX:
         return f"registers: {held} a thread for logits, weights and accumulator; there are {HELD_MAX} to hold them"
@@ -68,8 +92,11 @@ def _not_served(problem: Problem) -> Optional[str]:
 
 
 def tiled_shared_memory(problem: Problem, plan: Plan) -> int:
-    """Bytes: two query tiles and ``num_stages`` tiles of keys and of values."""
+    """Bytes: two query tiles and ``num_stages`` tiles of keys and of values; one query tile beside latent keys."""
     columns, chunks, block_dv, slices = tiled_blocks(problem)
     keys = columns * chunks
+    if latent(problem):
+        elements = (ROWS + plan.tile.num_stages * plan.tile.block_n) * (keys + LATENT_REST)
+        return elements * ELEMENT_SIZE[problem.dtype] + BARRIERS + LAYOUT_SCRATCH
     elements = 2 * ROWS * keys + plan.tile.num_stages * plan.tile.block_n * (keys + block_dv)
     return elements * ELEMENT_SIZE[problem.dtype] + BARRIERS + (LAYOUT_SCRATCH if slices == 1 else 0)

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...inputs import Inputs
-from ...plan.legality_hopper_tiled import ROWS, tiled_blocks
+from ...plan.legality_hopper_tiled import LATENT_REST, ROWS, latent, tiled_blocks
 from ...plan.tile import Plan
 from ...problem import Problem
 from ..launch_combine import combine_after, combine_tensors
@@ -30,9 +30,11 @@ RAGGED_END = 0x7FFF0000  # more than any row
 def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     """What ``plan`` launches for calls like this one."""
     heads = 2 if plan.pack_gqa else 1
+    one_tile = heads == 2 or latent(problem)  # of 64 tokens a program
     columns, chunks, block_dv, slices = tiled_blocks(problem)
-    row_blocks = -(-problem.max_len_extend // (ROWS if heads == 2 else 2 * ROWS))
-    items = row_blocks * problem.batch_size * problem.num_q_heads // heads * slices * plan.split_kv
+    row_blocks = -(-problem.max_len_extend // (ROWS if one_tile else 2 * ROWS))
+    items = row_blocks * problem.batch_size * problem.num_q_heads // heads * plan.split_kv
+    items *= 1 if latent(problem) else slices
     on = features(inputs, problem)
     on["CAUSAL"] = on["CAUSAL"] and not on["MASK"]
     gather = on["HAS_POOL"] or on["MASK"]
@@ -51,6 +53,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         V_SLICES=slices,
         K_STAGES=plan.tile.num_stages * chunks,
         V_STAGES=plan.tile.num_stages,
+        LATENT=latent(problem),
         SPLIT=plan.split_kv > 1,
         HAS_POOL=on["HAS_POOL"],
         UNIFIED=problem.unified,
@@ -73,10 +76,11 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         num_warps=4,
         maxnreg=MAX_REGISTERS,
     )
-    boxes = (ROWS, columns), (plan.tile.block_n, columns), (plan.tile.block_n, block_dv)
+    box = LATENT_REST if latent(problem) else columns
+    boxes = (ROWS, box), (plan.tile.block_n, box), (plan.tile.block_n, LATENT_REST if latent(problem) else block_dv)
     if plan.split_kv == 1:
         return Recipe((tiled,), functools.partial(_tensors, boxes))
-    row_blocks *= 1 if heads == 2 else 2
+    row_blocks *= 1 if one_tile else 2
     tiles = row_blocks * problem.batch_size * problem.num_q_heads
     width = block_dv * slices
     combine, workspaces = combine_after(plan, inputs, problem, width, tiles, row_blocks, plan.pdl, shape=(ROWS, 1))

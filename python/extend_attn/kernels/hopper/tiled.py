@@ -21,14 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .gluon_compat import struct
 from .ring import Ring, barriers
 from .tiled_epilogue import store, store_part
-from .tiled_masks import BOTH, NEW, POOL, before_end, seen
+from .tiled_latent import BOX, consume_latent, produce_latent
+from .tiled_masks import ALL, BOTH, END, NEW, NONE, POOL, SOME, before_end, hide, seen
 from .tiled_producer import Sources, produce
 from .tiled_schedule import FIELDS, MESSAGES, receive
 from .tiled_softmax import logits, scales, temperature_of, weigh
 from .tiled_work import ROWS, Call, Memory, Shape, place_of, tiles_of
-
-# Which tiles of a loop are masked.
-NONE, END, SOME, ALL = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3)
 
 
 @struct
@@ -127,9 +125,7 @@ def walk(
         elif EDGES == ALL:
             s = gl.where(visible, s, float("-inf"))
         elif EDGES == SOME:
-            whole = (t < place.stop_new) | ((t >= place.start_pool) & (t < place.stop_pool))
-            if not whole:
-                s = gl.where(seen(t, tiles, place, item, call, KEYS, c), s, float("-inf"))
+            s = hide(s, t, tiles, place, item, call, KEYS, c)
         w, alpha, m, l = weigh(s, state.m, state.l, scale, EDGES != NONE, c)
         if c.V_SCALED and (c.UNIFIED or KEYS != NEW):
             w = w * v_scale
@@ -238,10 +234,10 @@ def tiled_kernel(
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr, K_CHUNKS: gl.constexpr,
     BLOCK_DV: gl.constexpr, V_SLICES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    SPLIT: gl.constexpr, HAS_POOL: gl.constexpr, UNIFIED: gl.constexpr, FP8: gl.constexpr, CAUSAL: gl.constexpr,
-    WINDOW: gl.constexpr, MASK: gl.constexpr, MASK_PREFIX: gl.constexpr, SINKS: gl.constexpr, CAP: gl.constexpr,
-    TEMPERATURE: gl.constexpr, Q_POSITIONS: gl.constexpr, LSE: gl.constexpr, V_SCALED: gl.constexpr,
-    NEGATE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    LATENT: gl.constexpr, SPLIT: gl.constexpr, HAS_POOL: gl.constexpr, UNIFIED: gl.constexpr, FP8: gl.constexpr,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr, MASK_PREFIX: gl.constexpr, SINKS: gl.constexpr,
+    CAP: gl.constexpr, TEMPERATURE: gl.constexpr, Q_POSITIONS: gl.constexpr, LSE: gl.constexpr,
+    V_SCALED: gl.constexpr, NEGATE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     PRODUCER_WARPS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are ragged (launch_tiled.py); tensors as in ``Inputs``; numbers in the order of recipe.scalars."""
@@ -251,9 +247,9 @@ def tiled_kernel(
     BY_POSITION: gl.constexpr = WINDOW and Q_POSITIONS
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     c = Shape(
-        NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 else 2 * ROWS, HEAD_DIM, HEAD_DIM_V, BLOCK_N,
-        K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, SPLIT, HAS_POOL, GATHER, UNIFIED, FP8, CAUSAL, WINDOW, MASK,
-        MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK or (WINDOW and SPLIT), OFFSETS, LSE,
+        NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 or LATENT else 2 * ROWS, HEAD_DIM, HEAD_DIM_V,
+        BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, LATENT, SPLIT, HAS_POOL, GATHER, UNIFIED, FP8, CAUSAL, WINDOW,
+        MASK, MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK or (WINDOW and SPLIT), OFFSETS, LSE,
         V_SCALED, NEGATE,
         gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]), O, gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip
@@ -276,8 +272,14 @@ def tiled_kernel(
     K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, K_COLUMNS], dtype)
     V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_DV], dtype)
     WORDS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_slots = gl.allocate_shared_memory(dtype, [K_CHUNKS if LATENT else 2 * K_CHUNKS, ROWS, K_COLUMNS], Q_LAYOUT)
+    q_rest = q_slots
+    V_COLUMNS: gl.constexpr = BOX if LATENT else BLOCK_DV
+    if LATENT:
+        q_rest = gl.allocate_shared_memory(dtype, [1, ROWS, BOX], Q_LAYOUT)
     memory = Memory(
-        gl.allocate_shared_memory(dtype, [2 * K_CHUNKS, ROWS, K_COLUMNS], Q_LAYOUT),
+        q_slots,
+        q_rest,
         barriers(2, 1),
         barriers(2, 1),
         Ring(
@@ -285,7 +287,7 @@ def tiled_kernel(
             barriers(K_STAGES, ARRIVALS), barriers(K_STAGES, 2), K_STAGES,
         ),
         Ring(
-            gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, BLOCK_DV], V_LAYOUT),
+            gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, V_COLUMNS], V_LAYOUT),
             barriers(V_STAGES, ARRIVALS), barriers(V_STAGES, 2), V_STAGES,
         ),
         Ring(
@@ -296,9 +298,9 @@ def tiled_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (consume, (0, call, memory, c)),
-            (consume, (1, call, memory, c)),
-            (produce, (sources, call, memory, ARRIVALS, c)),
+            (consume_latent if LATENT else consume, (0, call, memory, c)),
+            (consume_latent if LATENT else consume, (1, call, memory, c)),
+            (produce_latent if LATENT else produce, (sources, call, memory, ARRIVALS, c)),
         ],
         [4, PRODUCER_WARPS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -22,7 +22,7 @@ def output_layout(columns):
 def store(WHO: gl.constexpr, memory, call, item, row0, head, o, m, l, c):
     """Sink, division, output and LSE. Where value columns are sliced, no shared memory is left to change the output's
     layout in but the consumer's query tile, which holds 16-bit types."""
-    STAGED: gl.constexpr = c.V_SLICES > 1
+    STAGED: gl.constexpr = c.V_SLICES > 1 and not c.LATENT
     DIRECT: gl.constexpr = STAGED and call.o.dtype.element_ty == gl.float32
     OUT: gl.constexpr = c.O if DIRECT else output_layout(c.BLOCK_DV)
     if c.SINKS:

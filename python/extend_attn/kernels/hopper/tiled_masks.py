@@ -13,6 +13,8 @@ from .tiled_work import ROWS, offset_of
 
 # Where the key tiles of a loop lie.
 NEW, POOL, BOTH = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+# Which tiles of a loop are masked.
+NONE, END, SOME, ALL = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3)
 BYTES_AT_ONCE = gl.constexpr(16)  # of a mask, in a thread of the producer: all of them on their way together
 
 
@@ -42,6 +44,15 @@ def seen(t, tiles, place, item, call, KEYS: gl.constexpr, c):
     token = place.row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, c.S))
     column = gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(0, c.S))
     return sees((column < limit - start)[None, :], token, start, column, item, call, c)
+
+
+@gluon.jit
+def hide(s, t, tiles, place, item, call, KEYS: gl.constexpr, c):
+    """Logits of tile t, masked where ``place`` does not say that every row sees all of it."""
+    whole = (t > place.begin) & (t < place.stop_new) | ((t >= place.start_pool) & (t < place.stop_pool))
+    if not whole:
+        s = gl.where(seen(t, tiles, place, item, call, KEYS, c), s, float("-inf"))
+    return s
 
 
 @gluon.jit

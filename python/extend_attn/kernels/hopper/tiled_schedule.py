@@ -108,7 +108,8 @@ def find_block(rank, total, call, c):
 @gluon.jit
 def find_item(index, total, call, c):
     """(item ``index``, where its prefix slots start); ``total`` blocks of rows are in the batch."""
-    inner = c.HEAD_BLOCKS * c.V_SLICES * call.splits
+    SLICES: gl.constexpr = 1 if c.LATENT else c.V_SLICES
+    inner = c.HEAD_BLOCKS * SLICES * call.splits
     rank = index // inner
     rest = index % inner
     kv_start = gl.to_tensor(0).to(gl.int64)
@@ -141,9 +142,10 @@ def find_item(index, total, call, c):
 @gluon.jit
 def item_of(sequence, block, q_start, extend_len, prefix_len, rest, call, c):
     """``rest`` counts head blocks, splits and value slices, the last fastest: neighbours read the same keys."""
-    v_slice = rest % c.V_SLICES
-    split = rest // c.V_SLICES % call.splits
-    head_block = rest // c.V_SLICES // call.splits
+    SLICES: gl.constexpr = 1 if c.LATENT else c.V_SLICES
+    v_slice = rest % SLICES
+    split = rest // SLICES % call.splits
+    head_block = rest // SLICES // call.splits
     return Item(sequence, block, block * c.TOKENS, q_start, extend_len, prefix_len, head_block, v_slice, split)
 
 

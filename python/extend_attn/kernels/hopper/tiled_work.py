@@ -17,10 +17,11 @@ class Shape:
     """Compile-time facts. A key tile is BLOCK_N keys in K_CHUNKS slots of K_COLUMNS columns, and one slot of values.
 
     HEADS 2: the two consumers take two query heads of one KV head over the same 64 tokens; 1: two blocks of 64 tokens
-    of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns. SPLIT:
-    items that share a block's keys. GATHER: whether any rows are copied one by one. FP8: 0, or what fp8_rows.py calls
-    the pool's codes. BY_POSITION: the window goes by ``q_positions``. UNSEEN: a row may see no key of an item. S, O, P:
-    the layouts of a consumer's logits, accumulator, weights.
+    of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns, or, if
+    LATENT, where values are the first columns of keys, consumers (tiled_latent.py). SPLIT: items that share a block's
+    keys. GATHER: whether any rows are copied one by one. FP8: 0, or what fp8_rows.py calls the pool's codes.
+    BY_POSITION: the window goes by ``q_positions``. UNSEEN: a row may see no key of an item. S, O, P: the layouts of a
+    consumer's logits, accumulator, weights.
     """
 
     NUM_HEADS: gl.constexpr
@@ -35,6 +36,7 @@ class Shape:
     K_CHUNKS: gl.constexpr
     BLOCK_DV: gl.constexpr
     V_SLICES: gl.constexpr
+    LATENT: gl.constexpr
     SPLIT: gl.constexpr
     HAS_POOL: gl.constexpr
     GATHER: gl.constexpr
@@ -93,9 +95,11 @@ class Call:
 @struct
 class Memory:
     """Shared memory: query tiles [2 * K_CHUNKS, 64, K_COLUMNS] with barriers both ways, a ring of key tiles and one of
-    value tiles, and the board on which the producer writes work items (tiled_schedule.py)."""
+    value tiles, and the board on which the producer writes work items (tiled_schedule.py). If LATENT: one query tile
+    in K_CHUNKS and ``q_rest``, and what is left of keys in place of values."""
 
     q_slots: gl.shared_memory_descriptor
+    q_rest: gl.shared_memory_descriptor
     q_full: gl.shared_memory_descriptor
     q_empty: gl.shared_memory_descriptor
     k_ring: Ring

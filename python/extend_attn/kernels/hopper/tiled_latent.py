@@ -1,0 +1,226 @@
+"""Latent attention (absorbed MLA) in the tiled Hopper family: values are the first columns of their keys.
+
+A key tile is read once, into two halves of its value columns and a slot of the columns behind them. The two consumers
+share 64 query rows: each makes all scores and owns one half of the values, which it keeps until its products are done.
+Beside the queries there is room for two tiles, so a consumer's scores wait for its products, and the tensor cores turn
+to the other consumer meanwhile.
+"""
+
+# Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .gluon_compat import gather_load, reinterpret, tma_load
+from .tiled_epilogue import store, store_part
+from .tiled_masks import ALL, BOTH, NEW, SOME, hide, seen, some_row_sees
+from .tiled_producer import RAGGED
+from .tiled_schedule import count_blocks, find_item, item_index, publish, receive
+from .tiled_softmax import logits, scales, temperature_of, weigh
+from .tiled_work import ROWS, Item, place_of, tiles_of
+
+HALVES = gl.constexpr(2)  # of the value columns, one a consumer
+BOX = gl.constexpr(64)  # columns of a TMA box: as wide as the swizzle
+
+
+@gluon.jit
+def scores(memory, n, c):
+    """Issues S = Q K^T of tile ``n``."""
+    acc = gl.zeros([ROWS, c.BLOCK_N], gl.float32, c.S)
+    for half in gl.static_range(HALVES):
+        at = n * HALVES + half
+        memory.k_ring.wait_full(at)
+        if c.GATHER:
+            fence_async_shared()
+        keys = memory.k_ring.slot(at).permute((1, 0))
+        acc = warpgroup_mma(memory.q_slots.index(half), keys, acc, use_acc=half > 0, is_async=True)
+    memory.v_ring.wait_full(n)
+    if c.GATHER:
+        fence_async_shared()
+    return warpgroup_mma(memory.q_rest.index(0), memory.v_ring.slot(n).permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, c):
+    """(accumulator of this consumer's columns, maxima, sums) over the item's key tiles, the first in position ``n``."""
+    KEYS: gl.constexpr = BOTH if c.HAS_POOL else NEW
+    EDGES: gl.constexpr = ALL if c.MASK else SOME
+    place = place_of(item, tiles, item.first, call, c)
+    temperature = temperature_of(call, item, item.first, c)
+    o = gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O)
+    m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
+    l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
+    for t in range(tiles.begin, tiles.end):
+        s_acc = scores(memory, n, c)
+        scale, v_scale = scales(t, tiles, call, KEYS, c)
+        if EDGES == ALL:
+            visible = seen(t, tiles, place, item, call, KEYS, c)
+        s = warpgroup_mma_wait(0, [s_acc])
+        memory.v_ring.release(n)
+        memory.k_ring.release(n * HALVES + 1 - WHO)
+        s = logits(s, scale, temperature, call, True, c)
+        if EDGES == ALL:
+            s = gl.where(visible, s, float("-inf"))
+        else:
+            s = hide(s, t, tiles, place, item, call, KEYS, c)
+        w, alpha, m, l = weigh(s, m, l, scale, True, c)
+        if c.V_SCALED:
+            w = w * v_scale
+        p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
+        o = o * gl.convert_layout(alpha, gl.SliceLayout(1, c.O))[:, None]
+        o_acc = warpgroup_mma(p, memory.k_ring.slot(n * HALVES + WHO), o, is_async=True)
+        o, used = warpgroup_mma_wait(0, [o_acc, p])
+        memory.k_ring.release(n * HALVES + WHO)
+        n += 1
+    return o, m, l
+
+
+@gluon.jit
+def consume_latent(WHO: gl.constexpr, call, memory, c):
+    """A consumer's partition: items as they come."""
+    n = 0  # key tiles so far
+    number = 0  # items with keys so far
+    turn = 0
+    item = receive(memory.board, turn, call, c)
+    while item.extend_len != 0:
+        tiles = tiles_of(item, call, c)
+        o = gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O)
+        m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
+        l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
+        if (not c.SPLIT) or tiles.begin < tiles.end:
+            mbarrier.wait(memory.q_full.index(0), number & 1)
+            o, m, l = attend_latent(WHO, memory, call, item, tiles, n, c)
+            mbarrier.arrive(memory.q_empty.index(WHO), count=1)
+            n += tiles.end - tiles.begin
+            number += 1
+        half = Item(
+            item.sequence, item.block, item.first, item.q_start, item.extend_len, item.prefix_len, item.head_block,
+            gl.to_tensor(WHO), item.split,
+        )  # fmt: skip
+        if c.SPLIT:
+            store_part(call, half, tiles, item.first, item.head_block, o, m, l, c)
+        else:
+            store(WHO, memory, call, half, item.first, item.head_block, o, m, l, c)
+        turn += 1
+        item = receive(memory.board, turn, call, c)
+
+
+@gluon.jit
+def load_boxes(desc, item, row, head, COLUMN: gl.constexpr, barrier, destination):
+    """Rows ``row``.. of the item's sequence, zeros past its end, as boxes of 64 columns side by side."""
+    NUMBER: gl.constexpr = destination.shape[1] // BOX
+    boxes = reinterpret(destination, destination.dtype, [NUMBER, destination.shape[0], BOX], destination.layout)
+    end = item.q_start + item.extend_len
+    for box in gl.static_range(NUMBER):
+        at = [RAGGED, end, RAGGED - item.extend_len + row, head, COLUMN + box * BOX]
+        tma_load(desc, at, barrier, boxes.index(box))
+
+
+@gluon.jit
+def load_queries(desc, item, memory, number, c):
+    for who in gl.static_range(2):
+        mbarrier.wait(memory.q_empty.index(who), (number & 1) ^ 1)
+    full = memory.q_full.index(0)
+    mbarrier.expect(full, ROWS * (HALVES * c.K_COLUMNS + BOX) * 2)
+    for half in gl.static_range(HALVES):
+        load_boxes(desc, item, item.first, item.head_block, half * c.K_COLUMNS, full, memory.q_slots.index(half))
+    load_boxes(desc, item, item.first, item.head_block, HALVES * c.K_COLUMNS, full, memory.q_rest.index(0))
+
+
+@gluon.jit
+def load_slot(desc, item, row, head, COLUMN: gl.constexpr, ring, n, ARRIVALS: gl.constexpr):
+    ring.wait_empty(n)
+    if ARRIVALS > 1:
+        mbarrier.arrive(ring.filled(n), count=ARRIVALS - 1)
+    mbarrier.expect(ring.filled(n), ring.slots.shape[1] * ring.slots.shape[2] * 2)
+    load_boxes(desc, item, row, head, COLUMN, ring.filled(n), ring.slot(n))
+
+
+@gluon.jit
+def copy_slot(rows, exists, COLUMN: gl.constexpr, ring, n, LAYOUT: gl.constexpr, c):
+    """Columns from COLUMN on of the rows at pointers ``rows``; zeros for those that do not exist."""
+    columns = COLUMN + gl.arange(0, ring.slots.shape[2], layout=gl.SliceLayout(0, LAYOUT))
+    pointers = gl.max_contiguous(gl.multiple_of(rows[:, None] + columns[None, :], [1, 16]), [1, 8])
+    ring.wait_empty(n)
+    if c.MASK or c.HEAD_DIM != HALVES * c.K_COLUMNS + BOX:
+        gather_load(ring.slot(n), pointers, mask=exists[:, None] & (columns < c.HEAD_DIM)[None, :])
+    else:
+        gather_load(ring.slot(n), pointers)
+    async_copy.mbarrier_arrive(ring.filled(n), increment_count=False)
+
+
+@gluon.jit
+def slots_of(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
+    """Pool slots of tile t's keys; keys that the item does not see repeat one that it does."""
+    new = t < tiles.new_tiles
+    start = (tiles.pool_hi - 1 - (t - tiles.new_tiles)) * c.BLOCK_N
+    last = item.prefix_len - 1
+    if c.UNIFIED:
+        start = gl.where(new, item.prefix_len + (tiles.new_hi - 1 - t) * c.BLOCK_N, start)
+        last = gl.where(new, item.prefix_len + item.extend_len - 1, last)
+    key = start + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+    key = gl.maximum(gl.minimum(key, last), tiles.pool_first)
+    wanted = (key >= 0) & (t < tiles.end)
+    if not c.UNIFIED:
+        wanted = wanted & (t >= tiles.new_tiles)
+    return gl.load(kv_indices + key, mask=wanted, other=0).to(gl.int32)
+
+
+@gluon.jit
+def produce_latent(sources, call, memory, ARRIVALS: gl.constexpr, c):
+    """Key tiles in the order of the walk; pool slots are looked up a tile ahead."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    program = gl.program_id(0)
+    total = count_blocks(call, c)
+    n = 0
+    number = 0
+    turn = 0
+    working = total * 0 + 1
+    while working != 0:
+        item, rest, kv_start = find_item(item_index(turn, program, gl.num_programs(0)), total, call, c)
+        publish(memory.board, item, rest, turn)
+        turn += 1
+        working = item.extend_len
+        if working != 0:
+            tiles = tiles_of(item, call, c)
+            if tiles.begin < tiles.end:
+                load_queries(sources.q, item, memory, number, c)
+                number += 1
+                head = item.head_block // c.GROUP
+                slots = gl.zeros([c.BLOCK_N], gl.int32, gl.SliceLayout(1, LAYOUT))
+                if c.HAS_POOL:
+                    slots = slots_of(sources.kv_indices + kv_start, item, tiles, tiles.begin, LAYOUT, c)
+                for t in range(tiles.begin, tiles.end):
+                    following = slots
+                    if c.HAS_POOL:
+                        following = slots_of(sources.kv_indices + kv_start, item, tiles, t + 1, LAYOUT, c)
+                    row = (tiles.new_hi - 1 - t) * c.BLOCK_N
+                    if (not c.UNIFIED) and (not c.MASK) and t < tiles.new_tiles:
+                        for half in gl.static_range(HALVES):
+                            at = n * HALVES + half
+                            load_slot(sources.k, item, row, head, half * c.K_COLUMNS, memory.k_ring, at, ARRIVALS)
+                        load_slot(sources.k, item, row, head, HALVES * c.K_COLUMNS, memory.v_ring, n, ARRIVALS)
+                    elif c.GATHER:
+                        exists = slots >= 0
+                        if c.MASK:
+                            exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
+                        rows = sources.k_pool + head.to(gl.int64) * sources.stride_kg
+                        rows += slots.to(gl.int64) * sources.stride_ks
+                        if c.MASK and not c.UNIFIED:  # new rows lie where their values do
+                            token = row + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+                            own = sources.v_new + head.to(gl.int64) * sources.stride_vh
+                            own += (item.q_start + token).to(gl.int64) * sources.stride_vt
+                            rows = gl.where(t < tiles.new_tiles, own, rows)
+                        for half in gl.static_range(HALVES):
+                            at = n * HALVES + half
+                            copy_slot(rows, exists, half * c.K_COLUMNS, memory.k_ring, at, LAYOUT, c)
+                        copy_slot(rows, exists, HALVES * c.K_COLUMNS, memory.v_ring, n, LAYOUT, c)
+                    slots = following
+                    n += 1
