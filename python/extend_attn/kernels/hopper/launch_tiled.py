@@ -10,7 +10,15 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...inputs import Inputs
-from ...plan.legality_hopper_tiled import LATENT_REST, ROWS, latent, tiled_blocks
+from ...plan.legality_hopper_tiled import (
+    LATENT_REST,
+    RING_SLOTS,
+    ROWS,
+    latent,
+    shares_ring,
+    tiled_blocks,
+    tiled_queries,
+)
 from ...plan.tile import Plan
 from ...problem import Problem
 from ..launch_combine import combine_after, combine_tensors
@@ -32,6 +40,12 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     heads = 2 if plan.pack_gqa else 1
     one_tile = heads == 2 or latent(problem)  # of 64 tokens a program
     columns, chunks, block_dv, slices = tiled_blocks(problem)
+    one_ring = shares_ring(problem, plan)
+    queries = tiled_queries(problem, plan)
+    # the output leaves through the query's place
+    staged = (queries > 1 or slices > 1) and not latent(problem) and plan.split_kv == 1
+    staged = staged and inputs.o.dtype == inputs.q.dtype
+    stages = RING_SLOTS if one_ring else plan.tile.num_stages
     row_blocks = -(-problem.max_len_extend // (ROWS if one_tile else 2 * ROWS))
     items = row_blocks * problem.batch_size * problem.num_q_heads // heads * plan.split_kv
     items *= 1 if latent(problem) else slices
@@ -51,8 +65,11 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         K_CHUNKS=chunks,
         BLOCK_DV=block_dv,
         V_SLICES=slices,
-        K_STAGES=plan.tile.num_stages * chunks,
-        V_STAGES=plan.tile.num_stages,
+        QUERIES=queries,
+        K_STAGES=stages * chunks,
+        V_STAGES=stages,
+        ONE_RING=one_ring,
+        STAGED=staged,
         LATENT=latent(problem),
         SPLIT=plan.split_kv > 1,
         HAS_POOL=on["HAS_POOL"],
@@ -77,7 +94,8 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         maxnreg=MAX_REGISTERS,
     )
     box = LATENT_REST if latent(problem) else columns
-    boxes = (ROWS, box), (plan.tile.block_n, box), (plan.tile.block_n, LATENT_REST if latent(problem) else block_dv)
+    values = LATENT_REST if latent(problem) else block_dv
+    boxes = (ROWS, box), (plan.tile.block_n, box), (plan.tile.block_n, values), (ROWS, values) if staged else None
     if plan.split_kv == 1:
         return Recipe((tiled,), functools.partial(_tensors, boxes))
     row_blocks *= 1 if one_tile else 2
@@ -99,7 +117,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-Boxes = Tuple[Tuple[int, int], ...]  # rows and columns of the TMA boxes of Q, K and V
+Boxes = Tuple[Optional[Tuple[int, int]], ...]  # rows and columns of the TMA boxes of Q, K, V and O
 
 
 def _tensors(boxes: Boxes, inputs: Inputs) -> Tuple[List[object], ...]:
@@ -115,9 +133,9 @@ def _tiled_tensors(
     boxes: Boxes, i: Inputs, partial: Optional[torch.Tensor], partial_ml: Optional[torch.Tensor]
 ) -> List[object]:
     """With ``numbers`` above, the one place that knows the order of tiled_kernel's arguments."""
-    rows = [i.q if t is None else t for t in (i.q, i.k_new, i.v_new)]  # a unified call has no new ones: never used
+    rows = [i.q if t is None else t for t in (i.q, i.k_new, i.v_new, i.o)]  # a unified call has no new ones: never used
     return [
-        *(ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
+        *(None if box is None else ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
         i.v_new, codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse, i.qo_indptr, i.kv_indptr, i.kv_indices,
         i.prefix_lens, mask_bytes(i), i.mask_indptr, i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
     ]  # fmt: skip

@@ -21,10 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .gluon_compat import gather_load, reinterpret, tma_load
 from .tiled_epilogue import store, store_part
 from .tiled_masks import ALL, BOTH, NEW, SOME, hide, seen, some_row_sees
-from .tiled_producer import RAGGED
 from .tiled_schedule import count_blocks, find_item, item_index, publish, receive
 from .tiled_softmax import logits, scales, temperature_of, weigh
-from .tiled_work import ROWS, Item, place_of, tiles_of
+from .tiled_work import ROWS, Item, box_at, place_of, tiles_of
 
 HALVES = gl.constexpr(2)  # of the value columns, one a consumer
 BOX = gl.constexpr(64)  # columns of a TMA box: as wide as the swizzle
@@ -117,10 +116,8 @@ def load_boxes(desc, item, row, head, COLUMN: gl.constexpr, barrier, destination
     """Rows ``row``.. of the item's sequence, zeros past its end, as boxes of 64 columns side by side."""
     NUMBER: gl.constexpr = destination.shape[1] // BOX
     boxes = reinterpret(destination, destination.dtype, [NUMBER, destination.shape[0], BOX], destination.layout)
-    end = item.q_start + item.extend_len
     for box in gl.static_range(NUMBER):
-        at = [RAGGED, end, RAGGED - item.extend_len + row, head, COLUMN + box * BOX]
-        tma_load(desc, at, barrier, boxes.index(box))
+        tma_load(desc, box_at(item, row, head, COLUMN + box * BOX), barrier, boxes.index(box))
 
 
 @gluon.jit

@@ -18,7 +18,7 @@ from .fp8_rows import load_codes, put_codes
 from .gluon_compat import gather_load, struct, tma_load
 from .tiled_masks import some_row_sees
 from .tiled_schedule import count_blocks, find_item, item_index, publish
-from .tiled_work import ROWS, tiles_of
+from .tiled_work import ROWS, box_at, key_place, tiles_of, value_place
 
 
 @struct
@@ -41,7 +41,6 @@ class Sources:
     stride_vh: gl.tensor
 
 
-RAGGED: gl.constexpr = gl.constexpr(1 << 30)  # rows of a ragged descriptor's last-but-two dimension
 
 
 @gluon.jit
@@ -50,17 +49,16 @@ def load_box(desc, item, row, head, column, barrier, destination, bytes: gl.cons
     if arrivals > 1:
         mbarrier.arrive(barrier, count=arrivals - 1)
     mbarrier.expect(barrier, bytes)
-    end = item.q_start + item.extend_len
-    tma_load(desc, [RAGGED, end, RAGGED - item.extend_len + row, head, column], barrier, destination)
+    tma_load(desc, box_at(item, row, head, column), barrier, destination)
 
 
 @gluon.jit
 def load_query(desc, item, memory, number, c):
     BYTES: gl.constexpr = ROWS * c.K_COLUMNS * c.K_CHUNKS * 2
-    end = item.q_start + item.extend_len
     for who in gl.static_range(2):
-        mbarrier.wait(memory.q_empty.index(who), (number & 1) ^ 1)
-        mbarrier.expect(memory.q_full.index(who), BYTES)
+        query = number % c.QUERIES * 2 + who
+        mbarrier.wait(memory.q_empty.index(query), (number // c.QUERIES & 1) ^ 1)
+        mbarrier.expect(memory.q_full.index(query), BYTES)
         row = item.first
         head = item.head_block * c.HEADS
         if c.HEADS == 2:
@@ -70,9 +68,9 @@ def load_query(desc, item, memory, number, c):
         for chunk in gl.static_range(c.K_CHUNKS):
             tma_load(
                 desc,
-                [RAGGED, end, RAGGED - item.extend_len + row, head, chunk * c.K_COLUMNS],
-                memory.q_full.index(who),
-                memory.q_slots.index(who * c.K_CHUNKS + chunk),
+                box_at(item, row, head, chunk * c.K_COLUMNS),
+                memory.q_full.index(query),
+                memory.q_slots.index(query * c.K_CHUNKS + chunk),
             )
 
 
@@ -220,29 +218,34 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
                 v_base = sources.v_pool + head.to(gl.int64) * sources.stride_vg
                 slots = gl.zeros([c.BLOCK_N], gl.int32, gl.SliceLayout(1, LAYOUT))
                 following = slots
+                if c.QUERIES > 1:
+                    load_query(sources.q, item, memory, number, c)
                 for t in range(tiles.begin, tiles.end + 1):
+                    keys_at = key_place(n, t, tiles, c)
+                    values_at = value_place(n - 1, t - 1, tiles, c)
                     if t < tiles.end:
                         if (not c.UNIFIED) and t < tiles.new_tiles:
                             tile = tiles.new_hi - 1 - t
-                            load_keys(sources.k, item, tile, head, memory.k_ring, n, ARRIVALS, c)
+                            load_keys(sources.k, item, tile, head, memory.k_ring, keys_at, ARRIVALS, c)
                         elif c.HAS_POOL:
                             if c.UNIFIED and t < tiles.new_tiles:
                                 following = new_slots_of(sources.kv_indices + kv_start, item, tiles, t, LAYOUT, c)
                             else:
                                 following = slots_of(sources.kv_indices + kv_start, item, tiles, t, LAYOUT, c)
-                            gather_keys(k_base, following, sources.stride_ks, memory.k_ring, n, LAYOUT, c)
+                            gather_keys(k_base, following, sources.stride_ks, memory.k_ring, keys_at, LAYOUT, c)
                     if t == tiles.begin:
-                        load_query(sources.q, item, memory, number, c)
+                        if c.QUERIES == 1:
+                            load_query(sources.q, item, memory, number, c)
                     elif c.MASK and (not c.UNIFIED) and t <= tiles.new_tiles:
-                        gather_new_values(sources, item, tiles, t - 1, head, memory.v_ring, n - 1, call, c)
+                        gather_new_values(sources, item, tiles, t - 1, head, memory.v_ring, values_at, call, c)
                     elif (not c.UNIFIED) and t <= tiles.new_tiles:
-                        load_values(sources.v, item, tiles.new_hi - t, head, memory.v_ring, n - 1, ARRIVALS, c)
+                        load_values(sources.v, item, tiles.new_hi - t, head, memory.v_ring, values_at, ARRIVALS, c)
                     elif c.HAS_POOL:
                         exists = slots >= 0
                         if c.MASK_PREFIX:
                             exists = some_row_sees(t - 1, tiles, item, call, LAYOUT, c)
                         gather_values(
-                            v_base, slots, exists, sources.stride_vs, item.v_slice, memory.v_ring, n - 1, LAYOUT, c
+                            v_base, slots, exists, sources.stride_vs, item.v_slice, memory.v_ring, values_at, LAYOUT, c
                         )  # fmt: skip
                     slots = following
                     n += 1
