@@ -265,7 +265,7 @@ def consume(WHO: gl.constexpr, call, memory, c):
 
 
 UNSPECIALIZED = [
-    "batch_size", "row_blocks", "splits", "window", "new_scale", "pool_scale", "v_scale", "logit_cap",
+    "batch_size", "row_blocks", "splits", "sections", "window", "new_scale", "pool_scale", "v_scale", "logit_cap",
     "temperature_len", "log2_temperature_len", "stride_ks", "stride_kg", "stride_vs", "stride_vg", "stride_vt",
     "stride_vh", "stride_ot", "stride_oh",
 ]  # fmt: skip
@@ -279,7 +279,7 @@ UNALIGNED = [
 def tiled_kernel(
     q_desc, k_desc, v_desc, o_desc, v_new, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices, prefix_lens,
     custom_mask, mask_indptr, sinks, window_offsets, q_positions, partial, partial_ml, stride_ks, stride_kg, stride_vs,
-    stride_vg, stride_vt, stride_vh, stride_ot, stride_oh, batch_size, row_blocks, splits, window, new_scale,
+    stride_vg, stride_vt, stride_vh, stride_ot, stride_oh, batch_size, row_blocks, splits, sections, window, new_scale,
     pool_scale, v_scale, logit_cap, temperature_len, log2_temperature_len,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr, K_CHUNKS: gl.constexpr,
@@ -310,7 +310,7 @@ def tiled_kernel(
         qo_indptr, kv_indptr, prefix_lens if UNIFIED else o, custom_mask if MASK else o, mask_indptr if MASK else o, sinks if SINKS else o,
         window_offsets if OFFSETS else o, q_positions if Q_POSITIONS else o, gl.to_tensor(stride_ot),
         gl.to_tensor(stride_oh), gl.to_tensor(batch_size), gl.to_tensor(row_blocks), gl.to_tensor(splits),
-        gl.to_tensor(window), gl.to_tensor(new_scale), gl.to_tensor(pool_scale),
+        gl.to_tensor(sections), gl.to_tensor(window), gl.to_tensor(new_scale), gl.to_tensor(pool_scale),
         gl.to_tensor(v_scale), gl.to_tensor(logit_cap), gl.to_tensor(temperature_len),
         gl.to_tensor(log2_temperature_len),
     )  # fmt: skip

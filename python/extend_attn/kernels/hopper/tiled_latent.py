@@ -174,14 +174,13 @@ def slots_of(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
 def produce_latent(sources, call, memory, ARRIVALS: gl.constexpr, c):
     """Key tiles in the order of the walk; pool slots are looked up a tile ahead."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    program = gl.program_id(0)
     total = count_blocks(call, c)
     n = 0
     number = 0
     turn = 0
     working = total * 0 + 1
     while working != 0:
-        item, rest, kv_start = find_item(item_index(turn, program, gl.num_programs(0)), total, call, c)
+        item, rest, kv_start = find_item(item_index(turn, total, call, c), total, call, c)
         publish(memory.board, item, rest, turn)
         turn += 1
         working = item.extend_len

@@ -199,14 +199,13 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     """K of tile t + 1 goes before V of tile t: that is the order in which consumers ask for them."""
     # a thread's share of a row: 8 elements of 16 bits, or 8 codes in two words
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2 if c.FP8 else 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    program = gl.program_id(0)
     total = count_blocks(call, c)
     n = 0
     number = 0
     turn = 0
     working = total * 0 + 1
     while working != 0:
-        item, rest, kv_start = find_item(item_index(turn, program, gl.num_programs(0)), total, call, c)
+        item, rest, kv_start = find_item(item_index(turn, total, call, c), total, call, c)
         publish(memory.board, item, rest, turn)
         turn += 1
         working = item.extend_len

@@ -91,6 +91,7 @@ class Call:
     batch_size: gl.tensor
     row_blocks: gl.tensor
     splits: gl.tensor
+    sections: gl.tensor
     window: gl.tensor
     new_scale: gl.tensor
     pool_scale: gl.tensor
