@@ -100,9 +100,10 @@ def consume_latent(WHO: gl.constexpr, call, memory, c):
             mbarrier.arrive(memory.q_empty.index(WHO), count=1)
             n += tiles.end - tiles.begin
             number += 1
+        who = gl.where(item.extend_len > 0, WHO, 0)  # from a constant Triton 3.6 can't lower the stores of parts
         half = Item(
             item.sequence, item.block, item.first, item.q_start, item.extend_len, item.prefix_len, item.head_block,
-            gl.to_tensor(WHO), item.split,
+            who, item.split,
         )  # fmt: skip
         if c.SPLIT:
             store_part(call, half, tiles, item.first, item.head_block, o, m, l, c)
@@ -213,11 +214,10 @@ def produce_latent(sources, call, memory, ARRIVALS: gl.constexpr, c):
                             exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
                         rows = sources.k_pool + head.to(gl.int64) * sources.stride_kg
                         rows += slots.to(gl.int64) * sources.stride_ks
-                        if c.MASK and not c.UNIFIED:  # new rows lie where their values do
+                        if c.MASK and (not c.UNIFIED) and t < tiles.new_tiles:  # new rows lie where their values do
                             token = row + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
-                            own = sources.v_new + head.to(gl.int64) * sources.stride_vh
-                            own += (item.q_start + token).to(gl.int64) * sources.stride_vt
-                            rows = gl.where(t < tiles.new_tiles, own, rows)
+                            rows = sources.v_new + head.to(gl.int64) * sources.stride_vh
+                            rows += (item.q_start + token).to(gl.int64) * sources.stride_vt
                         for half in gl.static_range(HALVES):
                             at = n * HALVES + half
                             copy_slot(rows, exists, half * c.K_COLUMNS, memory.k_ring, at, LAYOUT, c)
