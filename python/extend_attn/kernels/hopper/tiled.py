@@ -31,12 +31,14 @@ from .tiled_work import ROWS, Call, Memory, Shape, place_of, tiles_of
 
 @struct
 class State:
-    """A consumer's running softmax: accumulator, maxima and sums, and the weights whose values are still to come."""
+    """A consumer's running softmax: accumulator, maxima and sums, the weights whose values are still to come, and what
+    the accumulator is still to be multiplied by."""
 
     o: gl.tensor
     m: gl.tensor
     l: gl.tensor
     p: gl.tensor
+    alpha: gl.tensor
 
 
 @gluon.jit
@@ -74,12 +76,28 @@ def skip_keys(memory, n, c):
 
 
 @gluon.jit
+def await_values(memory, n, c):
+    """Waits for the value tile in ring position ``n``, between the softmax of its weights and the wait for the products
+    before: the compiler moves no exponential past a wait's branch, and would move all of them behind those products
+    otherwise. Where the ring holds one value tile, it can't have come yet."""
+    if memory.v_ring.stages > 1:
+        memory.v_ring.wait_full(n)
+
+
+@gluon.jit
 def start_products(memory, state, n, c):
     """Issues O += P V of the value tile in ring position ``n``."""
-    memory.v_ring.wait_full(n)
-    if c.GATHER:
-        fence_async_shared()
+    if memory.v_ring.stages == 1:
+        memory.v_ring.wait_full(n)
+        if c.GATHER:
+            fence_async_shared()
     return warpgroup_mma(state.p, memory.v_ring.slot(n), state.o, is_async=True)
+
+
+@gluon.jit
+def rescaled(state, c):
+    o = state.o * gl.convert_layout(state.alpha, gl.SliceLayout(1, c.O))[:, None]
+    return State(o, state.m, state.l, state.p, state.alpha)
 
 
 @gluon.jit
@@ -98,7 +116,8 @@ def begin(WHO: gl.constexpr, memory, call, item, tiles, place, temperature, n, c
     if c.V_SCALED and (c.UNIFIED or KEYS == BOTH):
         w = w * v_scale
     p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
-    return State(gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O), m, l, p)
+    await_values(memory, n + t, c)
+    return State(gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O), m, l, p, gl.full_like(m, 1.0))
 
 
 @gluon.jit
@@ -113,6 +132,7 @@ def walk(
     """
     for t in range(first, stop):
         s_acc = start_scores(WHO, memory, n + t, c)
+        state = rescaled(state, c)  # while the scores are made
         o_acc = start_products(memory, state, n + t - 1, c)
         scale, v_scale = scales(t, tiles, call, KEYS, c)
         if EDGES == ALL:
@@ -130,9 +150,10 @@ def walk(
         if c.V_SCALED and (c.UNIFIED or KEYS != NEW):
             w = w * v_scale
         p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
+        await_values(memory, n + t, c)
         o, used = warpgroup_mma_wait(0, [o_acc, state.p])
         memory.v_ring.release(n + t - 1)
-        state = State(o * gl.convert_layout(alpha, gl.SliceLayout(1, c.O))[:, None], m, l, p)
+        state = State(o, m, l, p, alpha)
     return state
 
 
@@ -173,6 +194,9 @@ def attend(WHO: gl.constexpr, memory, call, item, tiles, row0, n, c):
         )  # fmt: skip
     if c.V_SLICES == 1:  # else the epilogue needs the query's place
         mbarrier.arrive(memory.q_empty.index(WHO), count=1)
+    if c.GATHER and memory.v_ring.stages > 1:  # elsewhere the scores' fence stands between a wait and its products
+        fence_async_shared()
+    state = rescaled(state, c)
     o_acc = start_products(memory, state, n + tiles.end - 1, c)
     o, used = warpgroup_mma_wait(0, [o_acc, state.p])
     memory.v_ring.release(n + tiles.end - 1)
