@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_compat import struct
 from .ring import Ring, barriers
+from .tiled_codes import produce_codes
 from .tiled_epilogue import store, store_part
 from .tiled_producer import Sources, produce
 from .tiled_schedule import FIELDS, MESSAGES, receive
@@ -49,7 +50,7 @@ def start_scores(WHO: gl.constexpr, memory, n, c):
     for chunk in gl.static_range(c.K_CHUNKS):
         at = n * c.K_CHUNKS + chunk
         memory.k_ring.wait_full(at)
-        if c.HAS_POOL:
+        if c.GATHERS:
             fence_async_shared()
         q = memory.q_slots.index(WHO * c.K_CHUNKS + chunk)
         acc = warpgroup_mma(q, memory.k_ring.slot(at).permute((1, 0)), acc, use_acc=chunk > 0, is_async=True)
@@ -78,7 +79,7 @@ def skip_keys(memory, n, c):
 def start_products(memory, state, n, c):
     """Issues O += P V of the value tile in ring position ``n``."""
     memory.v_ring.wait_full(n)
-    if c.HAS_POOL:
+    if c.GATHERS:
         fence_async_shared()
     return warpgroup_mma(state.p, memory.v_ring.slot(n), state.o, is_async=True)
 
@@ -168,7 +169,7 @@ def attend(WHO: gl.constexpr, memory, call, item, tiles, row0, n, c):
         state = walk(
             WHO, memory, call, item, tiles, place, temperature, state, n, first_pool, tiles.end, POOL, NONE, c
         )  # fmt: skip
-    if c.V_SLICES == 1:  # else the epilogue needs the query's place
+    if not c.STAGED:  # else the epilogue needs the query's place
         mbarrier.arrive(memory.q_empty.index(WHO), count=1)
     o_acc = start_products(memory, state, n + tiles.end - 1, c)
     o, used = warpgroup_mma_wait(0, [o_acc, state.p])
@@ -203,7 +204,7 @@ def consume(WHO: gl.constexpr, call, memory, c):
             store_part(call, item, tiles, row0, head, o, m, l, c)
         else:
             store(WHO, memory, call, item, row0, head, o, m, l, c)
-        if c.V_SLICES > 1:
+        if c.STAGED:
             if (not c.SPLIT) or tiles.begin < tiles.end:
                 fence_async_shared()
                 mbarrier.arrive(memory.q_empty.index(WHO), count=1)
@@ -221,9 +222,9 @@ UNALIGNED = ["qo_indptr", "kv_indptr", "kv_indices", "prefix_lens", "sinks", "wi
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def tiled_kernel(
-    q_desc, k_desc, v_desc, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices, prefix_lens, sinks,
-    window_offsets, q_positions, partial, partial_ml, stride_ks, stride_kg, stride_vs, stride_vg, stride_ot, stride_oh,
-    batch_size, row_blocks, splits, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len,
+    q_desc, k_desc, v_desc, k_runs, v_runs, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices, prefix_lens,
+    sinks, window_offsets, q_positions, partial, partial_ml, stride_ks, stride_kg, stride_vs, stride_vg, stride_ot,
+    stride_oh, batch_size, row_blocks, splits, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len,
     log2_temperature_len,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr, K_CHUNKS: gl.constexpr,
@@ -234,13 +235,16 @@ def tiled_kernel(
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are ragged (launch_tiled.py); tensors as in ``Inputs``; numbers in the order of recipe.scalars."""
-    ARRIVALS: gl.constexpr = 128 if HAS_POOL else 1  # a gathered slot is filled by all threads of the producer
+    RUNS: gl.constexpr = k_runs is not None
+    # a gathered slot is filled by all threads of the producer
+    ARRIVALS: gl.constexpr = 32 * PRODUCER_WARPS if HAS_POOL else 1
     OFFSETS: gl.constexpr = window_offsets is not None
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     c = Shape(
         NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 else 2 * ROWS, HEAD_DIM, HEAD_DIM_V, BLOCK_N,
-        K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, SPLIT, HAS_POOL, UNIFIED, FP8, CAUSAL, WINDOW, SINKS, CAP,
-        TEMPERATURE, Q_POSITIONS, OFFSETS, LSE, V_SCALED, NEGATE,
+        K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, V_SLICES > 1 or V_STAGES > 2, SPLIT, HAS_POOL,
+        HAS_POOL and not FP8, UNIFIED, FP8, RUNS, CAUSAL, WINDOW, SINKS,
+        CAP, TEMPERATURE, Q_POSITIONS, OFFSETS, LSE, V_SCALED, NEGATE,
         gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]), O, gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip
     call = Call(
@@ -255,6 +259,7 @@ def tiled_kernel(
     sources = Sources(
         q_desc, k_desc, v_desc, k_pool if HAS_POOL else o, v_pool if HAS_POOL else o, kv_indices,
         gl.to_tensor(stride_ks), gl.to_tensor(stride_kg), gl.to_tensor(stride_vs), gl.to_tensor(stride_vg),
+        k_runs if RUNS else q_desc, v_runs if RUNS else q_desc,
     )  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, K_COLUMNS], dtype)
@@ -283,7 +288,7 @@ def tiled_kernel(
         [
             (consume, (0, call, memory, c)),
             (consume, (1, call, memory, c)),
-            (produce, (sources, call, memory, ARRIVALS, c)),
+            (produce_codes if FP8 else produce, (sources, call, memory, ARRIVALS, c)),
         ],
         [4, PRODUCER_WARPS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

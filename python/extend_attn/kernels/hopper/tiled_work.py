@@ -17,9 +17,10 @@ class Shape:
     """Compile-time facts. A key tile is BLOCK_N keys in K_CHUNKS slots of K_COLUMNS columns, and one slot of values.
 
     HEADS 2: the two consumers take two query heads of one KV head over the same 64 tokens; 1: two blocks of 64 tokens
-    of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns. SPLIT:
-    items that share a block's keys. FP8: 0, or what fp8_rows.py calls the pool's codes. S, O, P: the layouts of a
-    consumer's logits, accumulator, weights.
+    of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns. STAGED:
+    the output passes through the query's place. SPLIT: items that share a block's keys. GATHERS: pool rows come by
+    asynchronous copies, which consumers must fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py calls the
+    pool's codes. S, O, P: the layouts of a consumer's logits, accumulator, weights.
     """
 
     NUM_HEADS: gl.constexpr
@@ -34,10 +35,13 @@ class Shape:
     K_CHUNKS: gl.constexpr
     BLOCK_DV: gl.constexpr
     V_SLICES: gl.constexpr
+    STAGED: gl.constexpr
     SPLIT: gl.constexpr
     HAS_POOL: gl.constexpr
+    GATHERS: gl.constexpr
     UNIFIED: gl.constexpr
     FP8: gl.constexpr
+    RUNS: gl.constexpr
     CAUSAL: gl.constexpr
     WINDOW: gl.constexpr
     SINKS: gl.constexpr
