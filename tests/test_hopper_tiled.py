@@ -161,6 +161,40 @@ def test_fp8_pools(dim, dtype, kv_dtype, unified, gqa):
     check(gqa, dim=dim, dtype=dtype, kv_dtype=kv_dtype, unified=unified, k_scale=0.5, v_scale=0.25)
 
 
+# new tokens and prefixes that end inside pages, inside tiles and at their ends
+PAGED = [(64, 1024), (70, 1030), (129, 700), (1, 64), (200, 2049), (128, 15), (33, 0), (65, 16), (300, 513)]
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("page", [16, 64, 128])
+@pytest.mark.parametrize("dim, dim_v", [(64, 64), (96, 96), (192, 128), (256, 256), (512, 512)])
+def test_pages(dim, dim_v, page):
+    """Runs of slots go through TMA, tiles with a key out of order through copies."""
+    check(True, dim=dim, dim_v=dim_v, page=page, lengths=PAGED)
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dict(window=100), dict(causal=False), dict(unified=True), dict(unified=True, window=200), dict(pool_layout="strided"),
+        dict(kv_dtype=torch.float8_e4m3fn), dict(index_dtype=torch.int32, lead=5), dict(heads=(3, 1)), dict(lead=64),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_pages_with(spec):
+    check(False, **{"dim": 128, "page": 16, "lengths": PAGED, **spec})
+
+
+@gpu
+@hopper
+def test_pages_in_splits():
+    case = make_case(dtype=torch.bfloat16, device="cuda", lengths=PAGED, heads=(4, 2), dim=256, page=32)
+    GPU["hopper_tiled"].check(case, plan={"family": "hopper_tiled", "split_kv": 3})
+
+
 # -- plans; need no GPU
 
 
