@@ -180,7 +180,8 @@ def test_pages(dim, dim_v, page):
     "spec",
     [
         dict(window=100), dict(causal=False), dict(unified=True), dict(unified=True, window=200),
-        dict(pool_layout="strided"), dict(kv_dtype=torch.float8_e4m3fn), dict(index_dtype=torch.int32, lead=5), dict(heads=(3, 1)), dict(lead=64),
+        dict(pool_layout="strided"), dict(kv_dtype=torch.float8_e4m3fn), dict(index_dtype=torch.int32, lead=5),
+        dict(heads=(3, 1)), dict(lead=64),
     ],
     ids=str,
 )  # fmt: skip
