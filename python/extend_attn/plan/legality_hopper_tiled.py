@@ -19,7 +19,8 @@ HELD_MAX = 176  # registers that hold logits, weights and accumulator, of 232 to
 MASK_KEYS_MAX = 64  # keys of a tile: a mask's bytes take a register each from load to use
 FP8_HEAD_DIM_MAX = 256
 BARRIERS = 1024  # bytes: mbarriers, work items, what warp specialisation passes on
-LAYOUT_SCRATCH = 4096  # bytes: the output changes its layout on its way out; with several slices in the query's place
+# Bytes: the output changes its layout on its way out; with several slices, or more stages, in the query's place.
+LAYOUT_SCRATCH, STAGES_WITH_SCRATCH = 4096, 2
 
 
 def v_is_k(problem: Problem) -> bool:
@@ -99,4 +100,5 @@ def tiled_shared_memory(problem: Problem, plan: Plan) -> int:
         elements = (ROWS + plan.tile.num_stages * plan.tile.block_n) * (keys + LATENT_REST)
         return elements * ELEMENT_SIZE[problem.dtype] + BARRIERS + LAYOUT_SCRATCH
     elements = 2 * ROWS * keys + plan.tile.num_stages * plan.tile.block_n * (keys + block_dv)
-    return elements * ELEMENT_SIZE[problem.dtype] + BARRIERS + (LAYOUT_SCRATCH if slices == 1 else 0)
+    staged = slices > 1 or plan.tile.num_stages > STAGES_WITH_SCRATCH
+    return elements * ELEMENT_SIZE[problem.dtype] + BARRIERS + (0 if staged else LAYOUT_SCRATCH)

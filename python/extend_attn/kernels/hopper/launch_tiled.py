@@ -23,6 +23,8 @@ from .tiled import tiled_kernel
 # A conversion of fp8 codes holds a tile of them, a mask its bytes.
 GATHER_REGISTERS, TMA_REGISTERS, FP8_REGISTERS = (232, 40), (240, 24), (216, 80)
 MAX_REGISTERS = 168
+PRODUCER_WARPS = 4  # that gather
+RUN, PANEL = 16, 64  # rows and columns of a TMA box of the pool: see tiled_producer.py
 RAGGED_ROWS = 1 << 30  # see tiled_producer.py
 RAGGED_END = 0x7FFF0000  # more than any row
 
@@ -62,7 +64,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         NEGATE=inputs.sm_scale < 0,
         CONSUMER_REGISTERS=registers[0],
         PRODUCER_REGISTERS=registers[1],
-        PRODUCER_WARPS=4 if gather else 1,
+        PRODUCER_WARPS=PRODUCER_WARPS if gather else 1,
     )
     numbers = (
         *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.v_new), *strides(inputs.o),
@@ -118,6 +120,7 @@ def _tiled_tensors(
     rows = [i.q if t is None else t for t in (i.q, i.k_new, i.v_new)]  # a unified call has no new ones: never used
     return [
         *(ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
+        *(run_descriptor(t) for t in (i.k_pool, i.v_pool)),
         i.v_new, codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse, i.qo_indptr, i.kv_indptr, i.kv_indices,
         i.prefix_lens, mask_bytes(i), i.mask_indptr, i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
     ]  # fmt: skip
@@ -139,6 +142,17 @@ def ragged_descriptor(t: torch.Tensor, rows: int, columns: int) -> TensorDescrip
         [1, 1, rows, 1, columns],
         _layout(columns * t.element_size()),
     )
+
+
+def run_descriptor(pool: Optional[torch.Tensor]) -> Optional[TensorDescriptor]:
+    """A TMA descriptor of a pool [slots, heads, dim] for boxes of RUN slots of one head and PANEL columns; None where
+    rows are converted, or there are none. Slots are in bounds, so their number does not matter."""
+    if pool is None or pool.element_size() != 2 or pool.numel() == 0:
+        return None
+    slot_stride, head_stride = (pool.stride(d) if pool.shape[d] > 1 else PANEL for d in (0, 1))
+    layout = NVMMASharedLayout(swizzle_byte_width=2 * PANEL, element_bitwidth=16, rank=3)
+    shape = [RAGGED_END, pool.shape[1], pool.shape[2]]
+    return TensorDescriptor(pool, shape, [slot_stride, head_stride, 1], [RUN, 1, PANEL], layout)
 
 
 @functools.cache

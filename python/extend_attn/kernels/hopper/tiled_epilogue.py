@@ -20,10 +20,9 @@ def output_layout(columns):
 
 @gluon.jit
 def store(WHO: gl.constexpr, memory, call, item, row0, head, o, m, l, c):
-    """Sink, division, output and LSE. Where value columns are sliced, no shared memory is left to change the output's
-    layout in but the consumer's query tile, which holds 16-bit types."""
-    STAGED: gl.constexpr = c.V_SLICES > 1 and not c.LATENT
-    DIRECT: gl.constexpr = STAGED and call.o.dtype.element_ty == gl.float32
+    """Sink, division, output and LSE. STAGED, no shared memory is left to change the output's layout in but the
+    consumer's query tile, which holds 16-bit types."""
+    DIRECT: gl.constexpr = c.STAGED and call.o.dtype.element_ty == gl.float32
     OUT: gl.constexpr = c.O if DIRECT else output_layout(c.BLOCK_DV)
     if c.SINKS:
         sink = gl.load(call.sinks + head).to(gl.float32) * LOG2E
@@ -43,7 +42,7 @@ def store(WHO: gl.constexpr, memory, call, item, row0, head, o, m, l, c):
     o = o * gl.convert_layout(1.0 / l, gl.SliceLayout(1, c.O))[:, None]
     if DIRECT:
         out = o
-    elif STAGED:
+    elif c.STAGED:
         TILES: gl.constexpr = c.K_CHUNKS * c.K_COLUMNS // c.BLOCK_DV  # of a consumer's query
         slots = memory.q_slots
         tile = reinterpret(slots, slots.dtype, [2 * TILES, ROWS, c.BLOCK_DV], memory.v_ring.slots.layout)

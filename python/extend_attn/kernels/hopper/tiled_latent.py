@@ -21,8 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .gluon_compat import gather_load, reinterpret, tma_load
 from .tiled_epilogue import store, store_part
 from .tiled_masks import ALL, BOTH, NEW, SOME, hide, seen, some_row_sees
-from .tiled_producer import RAGGED
-from .tiled_schedule import count_blocks, find_item, item_index, publish, receive
+from .tiled_producer import RAGGED, arrived, load_runs, new_rows, no_slots, rows_of, slots_of
+from .tiled_schedule import announce, announced, count_blocks, receive, search_at
 from .tiled_softmax import logits, scales, temperature_of, weigh
 from .tiled_work import ROWS, Item, place_of, tiles_of
 
@@ -37,12 +37,12 @@ def scores(memory, n, c):
     for half in gl.static_range(HALVES):
         at = n * HALVES + half
         memory.k_ring.wait_full(at)
-        if c.GATHER:
+        if c.GATHERS:
             fence_async_shared()
         keys = memory.k_ring.slot(at).permute((1, 0))
         acc = warpgroup_mma(memory.q_slots.index(half), keys, acc, use_acc=half > 0, is_async=True)
     memory.v_ring.wait_full(n)
-    if c.GATHER:
+    if c.GATHERS:
         fence_async_shared()
     return warpgroup_mma(memory.q_rest.index(0), memory.v_ring.slot(n).permute((1, 0)), acc, is_async=True)
 
@@ -158,69 +158,70 @@ def copy_slot(rows, exists, COLUMN: gl.constexpr, ring, n, LAYOUT: gl.constexpr,
 
 
 @gluon.jit
-def slots_of(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
-    """Pool slots of tile t's keys; keys that the item does not see repeat one that it does."""
-    new = t < tiles.new_tiles
-    start = (tiles.pool_hi - 1 - (t - tiles.new_tiles)) * c.BLOCK_N
-    last = item.prefix_len - 1
-    if c.UNIFIED:
-        start = gl.where(new, item.prefix_len + (tiles.new_hi - 1 - t) * c.BLOCK_N, start)
-        last = gl.where(new, item.prefix_len + item.extend_len - 1, last)
-    key = start + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
-    key = gl.maximum(gl.minimum(key, last), tiles.pool_first)
-    wanted = (key >= 0) & (t < tiles.end)
-    if not c.UNIFIED:
-        wanted = wanted & (t >= tiles.new_tiles)
-    return gl.load(kv_indices + key, mask=wanted, other=0).to(gl.int32)
+def gather_tile(sources, item, tiles, t, head, slots, kv_indices, memory, n, LAYOUT: gl.constexpr, call, c):
+    """Tile t row by row: from ``slots`` of the pool, or new rows that a mask may hide; runs of slots through TMA."""
+    if c.RUNS and (not c.MASK_PREFIX) and t >= tiles.new_tiles and slots.strays == 0:
+        for half in gl.static_range(HALVES):
+            at = n * HALVES + half
+            memory.k_ring.wait_empty(at)
+            load_runs(
+                sources.k_runs, kv_indices, slots, head, half * c.K_COLUMNS, memory.k_ring.filled(at),
+                memory.k_ring.slot(at), c,
+            )  # fmt: skip
+        memory.v_ring.wait_empty(n)
+        load_runs(
+            sources.k_runs, kv_indices, slots, head, HALVES * c.K_COLUMNS, memory.v_ring.filled(n),
+            memory.v_ring.slot(n), c,
+        )  # fmt: skip
+    else:
+        rows = rows_of(sources.k_pool + head.to(gl.int64) * sources.stride_kg, slots, sources.stride_ks, LAYOUT)
+        if c.MASK and (not c.UNIFIED) and t < tiles.new_tiles:
+            rows = new_rows(sources, item, tiles, t, head, LAYOUT, c)  # keys begin where their values do
+        exists = gl.full([c.BLOCK_N], 1, gl.int1, gl.SliceLayout(1, LAYOUT))
+        if c.MASK:
+            exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
+        for half in gl.static_range(HALVES):
+            copy_slot(rows, exists, half * c.K_COLUMNS, memory.k_ring, n * HALVES + half, LAYOUT, c)
+        copy_slot(rows, exists, HALVES * c.K_COLUMNS, memory.v_ring, n, LAYOUT, c)
 
 
 @gluon.jit
 def produce_latent(sources, call, memory, ARRIVALS: gl.constexpr, c):
-    """Key tiles in the order of the walk; pool slots are looked up a tile ahead."""
+    """Key tiles in the order of the walk; slots and items are looked up ahead as in ``produce`` (tiled_producer.py)."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    program = gl.program_id(0)
     total = count_blocks(call, c)
     n = 0
     number = 0
     turn = 0
-    working = total * 0 + 1
-    while working != 0:
-        item, rest, kv_start = find_item(item_index(turn, program, gl.num_programs(0)), total, call, c)
-        publish(memory.board, item, rest, turn)
-        turn += 1
-        working = item.extend_len
-        if working != 0:
-            tiles = tiles_of(item, call, c)
-            if tiles.begin < tiles.end:
-                load_queries(sources.q, item, memory, number, c)
-                number += 1
-                head = item.head_block // c.GROUP
-                slots = gl.zeros([c.BLOCK_N], gl.int32, gl.SliceLayout(1, LAYOUT))
-                if c.HAS_POOL:
-                    slots = slots_of(sources.kv_indices + kv_start, item, tiles, tiles.begin, LAYOUT, c)
-                for t in range(tiles.begin, tiles.end):
-                    following = slots
-                    if c.HAS_POOL:
-                        following = slots_of(sources.kv_indices + kv_start, item, tiles, t + 1, LAYOUT, c)
+    announce(memory.board, turn, total, call, c)
+    item, kv_start = announced(memory.board, turn, call, c)
+    while item.extend_len != 0:
+        tiles = tiles_of(item, call, c)
+        works = tiles.begin < tiles.end
+        if works:
+            load_queries(sources.q, item, memory, number, c)
+        head = item.head_block // c.GROUP
+        kv_indices = sources.kv_indices + kv_start
+        slots = no_slots(c)
+        if c.HAS_POOL:
+            ahead = slots_of(kv_indices, item, tiles, tiles.begin, c)
+        for t in range(tiles.begin, tiles.end + 1):
+            if c.HAS_POOL:
+                slots = arrived(ahead, c)
+                ahead = slots_of(kv_indices, item, tiles, t + 1, c)
+            if t < tiles.end:
+                if (not c.UNIFIED) and (not c.MASK) and t < tiles.new_tiles:
                     row = (tiles.new_hi - 1 - t) * c.BLOCK_N
-                    if (not c.UNIFIED) and (not c.MASK) and t < tiles.new_tiles:
-                        for half in gl.static_range(HALVES):
-                            at = n * HALVES + half
-                            load_slot(sources.k, item, row, head, half * c.K_COLUMNS, memory.k_ring, at, ARRIVALS)
-                        load_slot(sources.k, item, row, head, HALVES * c.K_COLUMNS, memory.v_ring, n, ARRIVALS)
-                    elif c.GATHER:
-                        exists = slots >= 0
-                        if c.MASK:
-                            exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
-                        rows = sources.k_pool + head.to(gl.int64) * sources.stride_kg
-                        rows += slots.to(gl.int64) * sources.stride_ks
-                        if c.MASK and (not c.UNIFIED) and t < tiles.new_tiles:  # new rows lie where their values do
-                            token = row + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
-                            rows = sources.v_new + head.to(gl.int64) * sources.stride_vh
-                            rows += (item.q_start + token).to(gl.int64) * sources.stride_vt
-                        for half in gl.static_range(HALVES):
-                            at = n * HALVES + half
-                            copy_slot(rows, exists, half * c.K_COLUMNS, memory.k_ring, at, LAYOUT, c)
-                        copy_slot(rows, exists, HALVES * c.K_COLUMNS, memory.v_ring, n, LAYOUT, c)
-                    slots = following
-                    n += 1
+                    for half in gl.static_range(HALVES):
+                        at = n * HALVES + half
+                        load_slot(sources.k, item, row, head, half * c.K_COLUMNS, memory.k_ring, at, ARRIVALS)
+                    load_slot(sources.k, item, row, head, HALVES * c.K_COLUMNS, memory.v_ring, n, ARRIVALS)
+                elif c.GATHERS:
+                    gather_tile(sources, item, tiles, t, head, slots, kv_indices, memory, n, LAYOUT, call, c)
+            if t == search_at(tiles):
+                announce(memory.board, turn + 1, total, call, c)
+            n += 1
+        n -= 1
+        number += works.to(gl.int32)
+        turn += 1
+        item, kv_start = announced(memory.board, turn, call, c)
