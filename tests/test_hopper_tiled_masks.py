@@ -99,13 +99,19 @@ def test_values_that_a_mask_hides_may_be_anything(bad, unified):
         dict(mask="random", mask_prefix=True, causal=False),
         dict(lengths=[(e, 0) for e, _ in UGLY]),
         dict(lengths=[(e, 0) for e, _ in UGLY], mask="random"),
+        dict(apart=True),
+        dict(apart=True, mask="random", mask_prefix=True, v_scale=2.0),
+        dict(apart=True, lengths=[(e, 0) for e, _ in UGLY]),
         dict(mask="nothing", unified=True, sm_scale=-0.1),
     ],
     ids=str,
 )
 def test_latent_values(spec, splits):
     spec = {"dim": 576, "dim_v": 512, "heads": (4, 1), "lengths": UGLY, "dtype": torch.bfloat16, **spec}
+    apart = spec.pop("apart", False)
     case = make_case(device="cuda", alias=True, **spec)
+    if apart:
+        case.kwargs["v_extend"] = case.kwargs["v_extend"].flip(2).contiguous()
     GPU["hopper_tiled"].check(case, plan={"family": FAMILY, "split_kv": splits})
 
 
@@ -136,5 +142,5 @@ def test_latent_values_need_an_alias_and_have_a_plan_of_their_own():
     assert (plan.tile.block_m, plan.pack_gqa) == (64, False)
     assert illegal(LATENT, plan, H100) is None
     assert "share one head" in str(illegal(LATENT, replace(plan, pack_gqa=True), H100))
-    for half in (dict(v_aliases_k_pool=False), dict(v_aliases_k_new=False)):
-        assert "head dims" in str(illegal(replace(LATENT, **half), plan_of(CHUNK), H100))
+    assert illegal(replace(LATENT, v_aliases_k_new=False), plan, H100) is None
+    assert "head dims" in str(illegal(replace(LATENT, v_aliases_k_pool=False), plan_of(CHUNK), H100))

@@ -56,6 +56,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         K_STAGES=plan.tile.num_stages * chunks,
         V_STAGES=plan.tile.num_stages,
         LATENT=latent(problem),
+        APART=latent(problem) and not (problem.unified or problem.v_aliases_k_new),
         SPLIT=plan.split_kv > 1,
         HAS_POOL=on["HAS_POOL"],
         UNIFIED=problem.unified,

@@ -18,11 +18,11 @@ class Shape:
 
     HEADS 2: the two consumers take two query heads of one KV head over the same 64 tokens; 1: two blocks of 64 tokens
     of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns, or, if
-    LATENT, where values are the first columns of keys, consumers (tiled_latent.py). STAGED: the output passes through
-    the query's place. SPLIT: items that share a block's keys. GATHERS: rows come by asynchronous copies, which
-    consumers must fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py calls the pool's codes. BY_POSITION:
-    the window goes by ``q_positions``. UNSEEN: a row may see no key of an item. S, O, P: the layouts of a consumer's
-    logits, accumulator, weights.
+    LATENT, where values are the first columns of keys, consumers (tiled_latent.py); APART: those of new tokens are not.
+    STAGED: the output passes through the query's place. SPLIT: items that share a block's keys. GATHERS: rows come by
+    asynchronous copies, which consumers must fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py calls the
+    pool's codes. BY_POSITION: the window goes by ``q_positions``. UNSEEN: a row may see no key of an item. S, O, P: the
+    layouts of a consumer's logits, accumulator, weights.
     """
 
     NUM_HEADS: gl.constexpr
@@ -38,6 +38,7 @@ class Shape:
     BLOCK_DV: gl.constexpr
     V_SLICES: gl.constexpr
     LATENT: gl.constexpr
+    APART: gl.constexpr
     STAGED: gl.constexpr
     SPLIT: gl.constexpr
     HAS_POOL: gl.constexpr
