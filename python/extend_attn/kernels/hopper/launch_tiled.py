@@ -24,7 +24,7 @@ from .tiled import tiled_kernel
 GATHER_REGISTERS, TMA_REGISTERS, FP8_REGISTERS = (232, 40), (240, 24), (216, 80)
 MAX_REGISTERS = 168
 PRODUCER_WARPS = 4  # that gather
-RUN, PANEL = 16, 64  # rows and columns of a TMA box of the pool: see tiled_producer.py
+RUN, PANEL = 64, 64  # rows, and columns if not all, of a TMA box of the pool: see tiled_producer.py
 RAGGED_ROWS = 1 << 30  # see tiled_producer.py
 RAGGED_END = 0x7FFF0000  # more than any row
 
@@ -81,13 +81,17 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     )
     box = LATENT_REST if latent(problem) else columns
     boxes = (ROWS, box), (plan.tile.block_n, box), (plan.tile.block_n, LATENT_REST if latent(problem) else block_dv)
+    runs = (0, 0)
+    if on["HAS_POOL"] and not (fp8 or on["MASK_PREFIX"]):
+        whole = plan.tile.block_n == RUN and not latent(problem)
+        runs = (columns, block_dv) if whole else (PANEL, PANEL)
     if plan.split_kv == 1:
-        return Recipe((tiled,), functools.partial(_tensors, boxes))
+        return Recipe((tiled,), functools.partial(_tensors, boxes, runs))
     row_blocks *= 1 if one_tile else 2
     tiles = row_blocks * problem.batch_size * problem.num_q_heads
     width = block_dv * slices
     combine, workspaces = combine_after(plan, inputs, problem, width, tiles, row_blocks, plan.pdl, shape=(ROWS, 1))
-    return Recipe((tiled, combine), functools.partial(_tensors_of_splits, boxes), workspaces)
+    return Recipe((tiled, combine), functools.partial(_tensors_of_splits, boxes, runs), workspaces)
 
 
 _FEATURES = (
@@ -103,25 +107,26 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 Boxes = Tuple[Tuple[int, int], ...]  # rows and columns of the TMA boxes of Q, K and V
+Runs = Tuple[int, int]  # columns of the TMA boxes of the pools, 0 where there are none
 
 
-def _tensors(boxes: Boxes, inputs: Inputs) -> Tuple[List[object], ...]:
-    return (_tiled_tensors(boxes, inputs, None, None),)
+def _tensors(boxes: Boxes, runs: Runs, inputs: Inputs) -> Tuple[List[object], ...]:
+    return (_tiled_tensors(boxes, runs, inputs, None, None),)
 
 
-def _tensors_of_splits(boxes: Boxes, inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
+def _tensors_of_splits(boxes: Boxes, runs: Runs, inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
     partial, partial_ml, _ = parts
-    return _tiled_tensors(boxes, inputs, partial, partial_ml), combine_tensors(inputs, *parts)
+    return _tiled_tensors(boxes, runs, inputs, partial, partial_ml), combine_tensors(inputs, *parts)
 
 
 def _tiled_tensors(
-    boxes: Boxes, i: Inputs, partial: Optional[torch.Tensor], partial_ml: Optional[torch.Tensor]
+    boxes: Boxes, runs: Runs, i: Inputs, partial: Optional[torch.Tensor], partial_ml: Optional[torch.Tensor]
 ) -> List[object]:
     """With ``numbers`` above, the one place that knows the order of tiled_kernel's arguments."""
     rows = [i.q if t is None else t for t in (i.q, i.k_new, i.v_new)]  # a unified call has no new ones: never used
     return [
         *(ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
-        *(run_descriptor(t) for t in (i.k_pool, i.v_pool)),
+        *(run_descriptor(t, columns) for t, columns in zip((i.k_pool, i.v_pool), runs)),
         i.v_new, codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse, i.qo_indptr, i.kv_indptr, i.kv_indices,
         i.prefix_lens, mask_bytes(i), i.mask_indptr, i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
     ]  # fmt: skip
@@ -145,15 +150,15 @@ def ragged_descriptor(t: torch.Tensor, rows: int, columns: int) -> TensorDescrip
     )
 
 
-def run_descriptor(pool: Optional[torch.Tensor]) -> Optional[TensorDescriptor]:
-    """A TMA descriptor of a pool [slots, heads, dim] for boxes of RUN slots of one head and PANEL columns; None where
-    rows are converted, or there are none. Slots are in bounds, so their number does not matter."""
-    if pool is None or pool.element_size() != 2 or pool.numel() == 0:
+def run_descriptor(pool: Optional[torch.Tensor], columns: int) -> Optional[TensorDescriptor]:
+    """A TMA descriptor of a pool [slots, heads, dim] for boxes of RUN slots of one head; None if there are no columns.
+    Slots are in bounds, so their number does not matter."""
+    if pool is None or not columns:
         return None
     slot_stride, head_stride = (pool.stride(d) if pool.shape[d] > 1 else PANEL for d in (0, 1))
-    layout = NVMMASharedLayout(swizzle_byte_width=2 * PANEL, element_bitwidth=16, rank=3)
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     shape = [RAGGED_END, pool.shape[1], pool.shape[2]]
-    return TensorDescriptor(pool, shape, [slot_stride, head_stride, 1], [RUN, 1, PANEL], layout)
+    return TensorDescriptor(pool, shape, [slot_stride, head_stride, 1], [RUN, 1, columns], layout)
 
 
 @functools.cache

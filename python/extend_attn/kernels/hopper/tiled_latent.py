@@ -248,7 +248,7 @@ def produce_latent(sources, call, memory, ARRIVALS: gl.constexpr, c):
             ahead = slots_of(kv_indices, item, tiles, tiles.begin, c)
         for t in range(tiles.begin, tiles.end + 1):
             if c.HAS_POOL:
-                slots = arrived(ahead, c)
+                slots = arrived(kv_indices, ahead, c)
                 ahead = slots_of(kv_indices, item, tiles, t + 1, c)
             if t < tiles.end:
                 if (not c.UNIFIED) and (c.APART or not c.MASK) and t < tiles.new_tiles:
