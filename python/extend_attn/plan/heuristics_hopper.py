@@ -47,6 +47,10 @@ MIN_SPLIT_TILES, TILED_SPLIT_MAX = 16, 16
 # From this many new tokens on hopper_tiled takes two heads of a group over 64 tokens rather than 128 tokens of one:
 # 383 against 390 us for 8192 tokens on an H100, but 143 against 114 for 32 chunks of 512.
 PACK_MIN_LEN_EXTEND = 2048
+# And up to this many, since the second 64 rows would be empty (32 trees of 64 nodes after 2000 tokens, head dim 128:
+# 207 against 378 us), and beside a mask, whose bytes the producer reads for 64 tokens and not for 128 (4,2048 at head
+# dim 256: 558 against 781 us).
+PACK_MAX_LEN_EXTEND = ROWS
 
 
 def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan]:
@@ -107,9 +111,15 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     tile = Tile(tiled_rows(problem), 128 if wide else 64, 8, 2)
     if problem.head_dim_qk > 256 and not latent(problem):
         tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
-    pack = problem.group % 2 == 0 and not latent(problem) and problem.max_len_extend >= PACK_MIN_LEN_EXTEND
+    pack = _pairs(problem)
     split_kv = tiled_splits(problem, device, tile.block_n, pack)
     return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=split_kv > 1, source="heuristic")
+
+
+def _pairs(problem: Problem) -> bool:
+    """Whether a program of hopper_tiled takes two heads of a KV head, and not two blocks of tokens."""
+    fills = PACK_MAX_LEN_EXTEND < problem.max_len_extend < PACK_MIN_LEN_EXTEND and not problem.custom_mask
+    return problem.group % 2 == 0 and not latent(problem) and not fills
 
 
 def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool) -> int:

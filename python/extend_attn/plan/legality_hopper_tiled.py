@@ -32,7 +32,8 @@ def v_is_k(problem: Problem) -> bool:
 
 def latent(problem: Problem) -> bool:
     """Whether two consumers share rows and a key tile is read once, as keys and as values (tiled_latent.py)."""
-    return v_is_k(problem) and LATENT_VALUES < problem.head_dim_qk <= LATENT_VALUES + LATENT_REST
+    from_pool = problem.v_aliases_k_pool or not problem.has_pool
+    return from_pool and LATENT_VALUES < problem.head_dim_qk <= LATENT_VALUES + LATENT_REST
 
 
 def tiled_blocks(problem: Problem) -> Tuple[int, int, int, int]:

@@ -32,6 +32,8 @@ from .tiled import tiled_kernel
 GATHER_REGISTERS, TMA_REGISTERS, FP8_REGISTERS = (232, 40), (240, 24), (216, 80)
 MAX_REGISTERS = 168
 SECTION_BYTES, SECTION_ITEMS_MIN = 20 << 20, 132  # of 50 MB of L2, and the multiprocessors
+PRODUCER_WARPS = 4  # that gather
+RUN, PANEL = 64, 64  # rows, and columns if not all, of a TMA box of the pool: see tiled_producer.py
 RAGGED_ROWS = 1 << 30  # see tiled_producer.py
 RAGGED_END = 0x7FFF0000  # more than any row
 
@@ -72,6 +74,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         ONE_RING=one_ring,
         STAGED=staged,
         LATENT=latent(problem),
+        APART=latent(problem) and not (problem.unified or problem.v_aliases_k_new),
         SPLIT=plan.split_kv > 1,
         HAS_POOL=on["HAS_POOL"],
         UNIFIED=problem.unified,
@@ -80,7 +83,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         NEGATE=inputs.sm_scale < 0,
         CONSUMER_REGISTERS=registers[0],
         PRODUCER_REGISTERS=registers[1],
-        PRODUCER_WARPS=4 if gather else 1,
+        PRODUCER_WARPS=PRODUCER_WARPS if gather else 1,
     )
     numbers = (
         *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.v_new), *strides(inputs.o),
@@ -97,13 +100,17 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     box = LATENT_REST if latent(problem) else columns
     values = LATENT_REST if latent(problem) else block_dv
     boxes = (ROWS, box), (plan.tile.block_n, box), (plan.tile.block_n, values), (ROWS, values) if staged else None
+    runs = (0, 0)
+    if on["HAS_POOL"] and not (fp8 or on["MASK_PREFIX"]):
+        whole = plan.tile.block_n == RUN and not latent(problem)
+        runs = (columns, block_dv) if whole else (PANEL, PANEL)
     if plan.split_kv == 1:
-        return Recipe((tiled,), functools.partial(_tensors, boxes))
+        return Recipe((tiled,), functools.partial(_tensors, boxes, runs))
     row_blocks *= 1 if one_tile else 2
     tiles = row_blocks * problem.batch_size * problem.num_q_heads
     width = block_dv * slices
     combine, workspaces = combine_after(plan, inputs, problem, width, tiles, row_blocks, plan.pdl, shape=(ROWS, 1))
-    return Recipe((tiled, combine), functools.partial(_tensors_of_splits, boxes), workspaces)
+    return Recipe((tiled, combine), functools.partial(_tensors_of_splits, boxes, runs), workspaces)
 
 
 def sections_of(problem: Problem, items: int) -> int:
@@ -129,24 +136,26 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 Boxes = Tuple[Optional[Tuple[int, int]], ...]  # rows and columns of the TMA boxes of Q, K, V and O
+Runs = Tuple[int, int]  # columns of the TMA boxes of the pools, 0 where there are none
 
 
-def _tensors(boxes: Boxes, inputs: Inputs) -> Tuple[List[object], ...]:
-    return (_tiled_tensors(boxes, inputs, None, None),)
+def _tensors(boxes: Boxes, runs: Runs, inputs: Inputs) -> Tuple[List[object], ...]:
+    return (_tiled_tensors(boxes, runs, inputs, None, None),)
 
 
-def _tensors_of_splits(boxes: Boxes, inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
+def _tensors_of_splits(boxes: Boxes, runs: Runs, inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
     partial, partial_ml, _ = parts
-    return _tiled_tensors(boxes, inputs, partial, partial_ml), combine_tensors(inputs, *parts)
+    return _tiled_tensors(boxes, runs, inputs, partial, partial_ml), combine_tensors(inputs, *parts)
 
 
 def _tiled_tensors(
-    boxes: Boxes, i: Inputs, partial: Optional[torch.Tensor], partial_ml: Optional[torch.Tensor]
+    boxes: Boxes, runs: Runs, i: Inputs, partial: Optional[torch.Tensor], partial_ml: Optional[torch.Tensor]
 ) -> List[object]:
     """With ``numbers`` above, the one place that knows the order of tiled_kernel's arguments."""
     rows = [i.q if t is None else t for t in (i.q, i.k_new, i.v_new, i.o)]  # a unified call has no new ones: never used
     return [
         *(None if box is None else ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
+        *(run_descriptor(t, columns) for t, columns in zip((i.k_pool, i.v_pool), runs)),
         i.v_new, codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse, i.qo_indptr, i.kv_indptr, i.kv_indices,
         i.prefix_lens, mask_bytes(i), i.mask_indptr, i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
     ]  # fmt: skip
@@ -168,6 +177,17 @@ def ragged_descriptor(t: torch.Tensor, rows: int, columns: int) -> TensorDescrip
         [1, 1, rows, 1, columns],
         _layout(columns * t.element_size()),
     )
+
+
+def run_descriptor(pool: Optional[torch.Tensor], columns: int) -> Optional[TensorDescriptor]:
+    """A TMA descriptor of a pool [slots, heads, dim] for boxes of RUN slots of one head; None if there are no columns.
+    Slots are in bounds, so their number does not matter."""
+    if pool is None or not columns:
+        return None
+    slot_stride, head_stride = (pool.stride(d) if pool.shape[d] > 1 else PANEL for d in (0, 1))
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    shape = [RAGGED_END, pool.shape[1], pool.shape[2]]
+    return TensorDescriptor(pool, shape, [slot_stride, head_stride, 1], [RUN, 1, columns], layout)
 
 
 @functools.cache

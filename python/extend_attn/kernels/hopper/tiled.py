@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_compat import struct
 from .ring import Ring, barriers
+from .tiled_codes import produce_codes
 from .tiled_epilogue import store, store_part
 from .tiled_latent import BOX, consume_latent, produce_latent
 from .tiled_masks import ALL, BOTH, END, NEW, NONE, POOL, SOME, before_end, hide, seen
@@ -61,7 +62,7 @@ def start_scores(seat, memory, n, c):
     for chunk in gl.static_range(c.K_CHUNKS):
         at = n * c.K_CHUNKS + chunk
         memory.k_ring.wait_full(at)
-        if c.GATHER:
+        if c.GATHERS:
             fence_async_shared()
         q = memory.q_slots.index(seat.query * c.K_CHUNKS + chunk)
         acc = warpgroup_mma(q, memory.k_ring.slot(at).permute((1, 0)), acc, use_acc=chunk > 0, is_async=True)
@@ -102,7 +103,7 @@ def start_products(memory, state, n, c):
     """Issues O += P V of the value tile in ring position ``n``."""
     if not c.EARLY_VALUES:
         memory.v_ring.wait_full(n)
-        if c.GATHER:
+        if c.GATHERS:
             fence_async_shared()
     return warpgroup_mma(state.p, memory.v_ring.slot(n), state.o, is_async=True)
 
@@ -218,7 +219,7 @@ def attend(WHO: gl.constexpr, memory, call, item, tiles, row0, n, number, c):
         )  # fmt: skip
     if not c.STAGED:  # else the output leaves through the query's place
         mbarrier.arrive(memory.q_empty.index(query), count=1)
-    if c.GATHER and c.EARLY_VALUES:  # elsewhere the scores' fence stands between a wait and its products
+    if c.GATHERS and c.EARLY_VALUES:  # elsewhere the scores' fence stands between a wait and its products
         fence_async_shared()
     state = rescaled(state, c)
     values = value_place(n + tiles.end - 1, tiles.end - 1, tiles, c)
@@ -277,47 +278,50 @@ UNALIGNED = [
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def tiled_kernel(
-    q_desc, k_desc, v_desc, o_desc, v_new, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices, prefix_lens,
-    custom_mask, mask_indptr, sinks, window_offsets, q_positions, partial, partial_ml, stride_ks, stride_kg, stride_vs,
-    stride_vg, stride_vt, stride_vh, stride_ot, stride_oh, batch_size, row_blocks, splits, sections, window, new_scale,
-    pool_scale, v_scale, logit_cap, temperature_len, log2_temperature_len,
+    q_desc, k_desc, v_desc, o_desc, k_runs, v_runs, v_new, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices,
+    prefix_lens, custom_mask, mask_indptr, sinks, window_offsets, q_positions, partial, partial_ml, stride_ks,
+    stride_kg, stride_vs, stride_vg, stride_vt, stride_vh, stride_ot, stride_oh, batch_size, row_blocks, splits,
+    sections, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len, log2_temperature_len,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr, K_CHUNKS: gl.constexpr,
     BLOCK_DV: gl.constexpr, V_SLICES: gl.constexpr, QUERIES: gl.constexpr, K_STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr, ONE_RING: gl.constexpr, STAGED: gl.constexpr, LATENT: gl.constexpr, SPLIT: gl.constexpr,
-    HAS_POOL: gl.constexpr, UNIFIED: gl.constexpr, FP8: gl.constexpr,
-    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr, MASK_PREFIX: gl.constexpr, SINKS: gl.constexpr,
-    CAP: gl.constexpr, TEMPERATURE: gl.constexpr, Q_POSITIONS: gl.constexpr, LSE: gl.constexpr,
+    V_STAGES: gl.constexpr, ONE_RING: gl.constexpr, STAGED: gl.constexpr, LATENT: gl.constexpr, APART: gl.constexpr,
+    SPLIT: gl.constexpr, HAS_POOL: gl.constexpr, UNIFIED: gl.constexpr, FP8: gl.constexpr, CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr, MASK: gl.constexpr, MASK_PREFIX: gl.constexpr, SINKS: gl.constexpr, CAP: gl.constexpr,
+    TEMPERATURE: gl.constexpr, Q_POSITIONS: gl.constexpr, LSE: gl.constexpr,
     V_SCALED: gl.constexpr, NEGATE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     PRODUCER_WARPS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are ragged (launch_tiled.py); tensors as in ``Inputs``; numbers in the order of recipe.scalars."""
-    GATHER: gl.constexpr = HAS_POOL or MASK
-    ARRIVALS: gl.constexpr = 128 if GATHER else 1  # a gathered slot is filled by all threads of the producer
+    RUNS: gl.constexpr = k_runs is not None
+    COPIES: gl.constexpr = MASK and not UNIFIED  # new values come one by one too
+    # a gathered slot is filled by all threads of the producer
+    ARRIVALS: gl.constexpr = 32 * PRODUCER_WARPS if HAS_POOL or COPIES else 1
     OFFSETS: gl.constexpr = window_offsets is not None
     BY_POSITION: gl.constexpr = WINDOW and Q_POSITIONS
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     c = Shape(
         NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 or LATENT else 2 * ROWS, HEAD_DIM, HEAD_DIM_V,
         BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, QUERIES, ONE_RING, V_STAGES > 1 and not ONE_RING, STAGED,
-        LATENT, SPLIT, HAS_POOL, GATHER, UNIFIED, FP8, CAUSAL, WINDOW,
-        MASK, MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK or (WINDOW and SPLIT), OFFSETS, LSE,
+        LATENT, APART, SPLIT, HAS_POOL, (HAS_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW, MASK,
+        MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK or (WINDOW and SPLIT), OFFSETS, LSE,
         V_SCALED, NEGATE,
         gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]), O, gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip
     call = Call(
         o_desc if STAGED else q_desc, o, lse if LSE else o, partial if SPLIT else o, partial_ml if SPLIT else o,
-        qo_indptr, kv_indptr, prefix_lens if UNIFIED else o, custom_mask if MASK else o, mask_indptr if MASK else o, sinks if SINKS else o,
-        window_offsets if OFFSETS else o, q_positions if Q_POSITIONS else o, gl.to_tensor(stride_ot),
-        gl.to_tensor(stride_oh), gl.to_tensor(batch_size), gl.to_tensor(row_blocks), gl.to_tensor(splits),
-        gl.to_tensor(sections), gl.to_tensor(window), gl.to_tensor(new_scale), gl.to_tensor(pool_scale),
-        gl.to_tensor(v_scale), gl.to_tensor(logit_cap), gl.to_tensor(temperature_len),
+        qo_indptr, kv_indptr, prefix_lens if UNIFIED else o, custom_mask if MASK else o, mask_indptr if MASK else o,
+        sinks if SINKS else o, window_offsets if OFFSETS else o, q_positions if Q_POSITIONS else o,
+        gl.to_tensor(stride_ot), gl.to_tensor(stride_oh), gl.to_tensor(batch_size), gl.to_tensor(row_blocks),
+        gl.to_tensor(splits), gl.to_tensor(sections), gl.to_tensor(window), gl.to_tensor(new_scale),
+        gl.to_tensor(pool_scale), gl.to_tensor(v_scale), gl.to_tensor(logit_cap), gl.to_tensor(temperature_len),
         gl.to_tensor(log2_temperature_len),
     )  # fmt: skip
     sources = Sources(
         q_desc, k_desc, v_desc, k_pool if HAS_POOL else o, v_pool if HAS_POOL else o,
         o if v_new is None else v_new, kv_indices, gl.to_tensor(stride_ks), gl.to_tensor(stride_kg),
         gl.to_tensor(stride_vs), gl.to_tensor(stride_vg), gl.to_tensor(stride_vt), gl.to_tensor(stride_vh),
+        k_runs if RUNS else q_desc, v_runs if RUNS else q_desc,
     )  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, K_COLUMNS], dtype)
@@ -356,7 +360,7 @@ def tiled_kernel(
         [
             (consume_latent if LATENT else consume, (0, call, memory, c)),
             (consume_latent if LATENT else consume, (1, call, memory, c)),
-            (produce_latent if LATENT else produce, (sources, call, memory, ARRIVALS, c)),
+            (produce_latent if LATENT else produce_codes if FP8 else produce, (sources, call, memory, ARRIVALS, c)),
         ],
         [4, PRODUCER_WARPS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

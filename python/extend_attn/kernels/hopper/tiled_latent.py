@@ -1,9 +1,10 @@
 """Latent attention (absorbed MLA) in the tiled Hopper family: values are the first columns of their keys.
 
-A key tile is read once, into two halves of its value columns and a slot of the columns behind them. The two consumers
-share 64 query rows: each makes all scores and owns one half of the values, which it keeps until its products are done.
-Beside the queries there is room for two tiles, so a consumer's scores wait for its products, and the tensor cores turn
-to the other consumer meanwhile.
+A key tile is read once, into two halves of its value columns and a slot of the columns behind them. (New tokens'
+values may lie elsewhere, as after a concatenation of keys; they are then read too.) The two consumers share 64 query
+rows: each makes all scores and owns one half of the values, which it keeps until its products are done. Beside the
+queries there is room for two tiles, so a consumer's scores wait for its products, and the tensor cores turn to the
+other consumer meanwhile.
 """
 
 # Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
@@ -21,7 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .gluon_compat import gather_load, reinterpret, tma_load
 from .tiled_epilogue import store, store_part
 from .tiled_masks import ALL, BOTH, NEW, SOME, hide, seen, some_row_sees
-from .tiled_schedule import count_blocks, find_item, item_index, publish, receive
+from .tiled_producer import arrived, load_runs, new_rows, no_slots, rows_of, slots_of
+from .tiled_schedule import announce, announced, count_blocks, receive, search_at
 from .tiled_softmax import logits, scales, temperature_of, weigh
 from .tiled_work import ROWS, Item, box_at, place_of, tiles_of
 
@@ -30,25 +32,29 @@ BOX = gl.constexpr(64)  # columns of a TMA box: as wide as the swizzle
 
 
 @gluon.jit
-def scores(memory, n, c):
-    """Issues S = Q K^T of tile ``n``."""
+def scores(memory, n, rest, c):
+    """Issues S = Q K^T of the tile whose halves are pair ``n`` and whose last columns are slot ``rest``."""
     acc = gl.zeros([ROWS, c.BLOCK_N], gl.float32, c.S)
     for half in gl.static_range(HALVES):
         at = n * HALVES + half
         memory.k_ring.wait_full(at)
-        if c.GATHER:
+        if c.GATHERS:
             fence_async_shared()
         keys = memory.k_ring.slot(at).permute((1, 0))
         acc = warpgroup_mma(memory.q_slots.index(half), keys, acc, use_acc=half > 0, is_async=True)
-    memory.v_ring.wait_full(n)
-    if c.GATHER:
+    memory.v_ring.wait_full(rest)
+    if c.GATHERS:
         fence_async_shared()
-    return warpgroup_mma(memory.q_rest.index(0), memory.v_ring.slot(n).permute((1, 0)), acc, is_async=True)
+    return warpgroup_mma(memory.q_rest.index(0), memory.v_ring.slot(rest).permute((1, 0)), acc, is_async=True)
 
 
 @gluon.jit
-def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, c):
-    """(accumulator of this consumer's columns, maxima, sums) over the item's key tiles, the first in position ``n``."""
+def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, rest, c):
+    """(accumulator of this consumer's columns, maxima, sums) over the item's key tiles, and where the next tile lies.
+
+    The first lies in pair ``n`` and slot ``rest``. Where new values lie APART, a new tile's follow in a pair of their
+    own.
+    """
     KEYS: gl.constexpr = BOTH if c.HAS_POOL else NEW
     EDGES: gl.constexpr = ALL if c.MASK else SOME
     place = place_of(item, tiles, item.first, call, c)
@@ -57,13 +63,18 @@ def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, c):
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
     l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
     for t in range(tiles.begin, tiles.end):
-        s_acc = scores(memory, n, c)
+        s_acc = scores(memory, n, rest, c)
         scale, v_scale = scales(t, tiles, call, KEYS, c)
         if EDGES == ALL:
             visible = seen(t, tiles, place, item, call, KEYS, c)
         s = warpgroup_mma_wait(0, [s_acc])
-        memory.v_ring.release(n)
+        memory.v_ring.release(rest)
         memory.k_ring.release(n * HALVES + 1 - WHO)
+        if c.APART and t < tiles.new_tiles:
+            memory.k_ring.release(n * HALVES + WHO)
+            n += 1
+            memory.k_ring.wait_full(n * HALVES + 1 - WHO)
+            memory.k_ring.release(n * HALVES + 1 - WHO)
         s = logits(s, scale, temperature, call, True, c)
         if EDGES == ALL:
             s = gl.where(visible, s, float("-inf"))
@@ -74,17 +85,23 @@ def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, c):
             w = w * v_scale
         p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
         o = o * gl.convert_layout(alpha, gl.SliceLayout(1, c.O))[:, None]
+        if c.APART and t < tiles.new_tiles:
+            memory.k_ring.wait_full(n * HALVES + WHO)
+            if c.GATHERS:
+                fence_async_shared()
         o_acc = warpgroup_mma(p, memory.k_ring.slot(n * HALVES + WHO), o, is_async=True)
         o, used = warpgroup_mma_wait(0, [o_acc, p])
         memory.k_ring.release(n * HALVES + WHO)
         n += 1
-    return o, m, l
+        rest += 1
+    return o, m, l, n, rest
 
 
 @gluon.jit
 def consume_latent(WHO: gl.constexpr, call, memory, c):
     """A consumer's partition: items as they come."""
-    n = 0  # key tiles so far
+    n = 0  # pairs of halves so far
+    rest = 0  # key tiles so far
     number = 0  # items with keys so far
     turn = 0
     item = receive(memory.board, turn, call, c)
@@ -95,13 +112,13 @@ def consume_latent(WHO: gl.constexpr, call, memory, c):
         l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
         if (not c.SPLIT) or tiles.begin < tiles.end:
             mbarrier.wait(memory.q_full.index(0), number & 1)
-            o, m, l = attend_latent(WHO, memory, call, item, tiles, n, c)
+            o, m, l, n, rest = attend_latent(WHO, memory, call, item, tiles, n, rest, c)
             mbarrier.arrive(memory.q_empty.index(WHO), count=1)
-            n += tiles.end - tiles.begin
             number += 1
+        who = gl.where(item.extend_len > 0, WHO, 0)  # from a constant Triton 3.6 can't lower the stores of parts
         half = Item(
             item.sequence, item.block, item.first, item.q_start, item.extend_len, item.prefix_len, item.head_block,
-            gl.to_tensor(WHO), item.split,
+            who, item.split,
         )  # fmt: skip
         if c.SPLIT:
             store_part(call, half, tiles, item.first, item.head_block, o, m, l, c)
@@ -141,82 +158,108 @@ def load_slot(desc, item, row, head, COLUMN: gl.constexpr, ring, n, ARRIVALS: gl
 
 
 @gluon.jit
-def copy_slot(rows, exists, COLUMN: gl.constexpr, ring, n, LAYOUT: gl.constexpr, c):
-    """Columns from COLUMN on of the rows at pointers ``rows``; zeros for those that do not exist."""
+def copy_slot(rows, exists, COLUMN: gl.constexpr, DIM: gl.constexpr, ring, n, LAYOUT: gl.constexpr, c):
+    """Columns from COLUMN on of DIM at pointers ``rows``; zeros for rows that do not exist."""
     columns = COLUMN + gl.arange(0, ring.slots.shape[2], layout=gl.SliceLayout(0, LAYOUT))
     pointers = gl.max_contiguous(gl.multiple_of(rows[:, None] + columns[None, :], [1, 16]), [1, 8])
     ring.wait_empty(n)
-    if c.MASK or c.HEAD_DIM != HALVES * c.K_COLUMNS + BOX:
-        gather_load(ring.slot(n), pointers, mask=exists[:, None] & (columns < c.HEAD_DIM)[None, :])
+    if c.MASK or DIM < HALVES * c.K_COLUMNS + BOX:
+        gather_load(ring.slot(n), pointers, mask=exists[:, None] & (columns < DIM)[None, :])
     else:
         gather_load(ring.slot(n), pointers)
     async_copy.mbarrier_arrive(ring.filled(n), increment_count=False)
 
 
 @gluon.jit
-def slots_of(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
-    """Pool slots of tile t's keys; keys that the item does not see repeat one that it does."""
-    new = t < tiles.new_tiles
-    start = (tiles.pool_hi - 1 - (t - tiles.new_tiles)) * c.BLOCK_N
-    last = item.prefix_len - 1
-    if c.UNIFIED:
-        start = gl.where(new, item.prefix_len + (tiles.new_hi - 1 - t) * c.BLOCK_N, start)
-        last = gl.where(new, item.prefix_len + item.extend_len - 1, last)
-    key = start + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
-    key = gl.maximum(gl.minimum(key, last), tiles.pool_first)
-    wanted = (key >= 0) & (t < tiles.end)
-    if not c.UNIFIED:
-        wanted = wanted & (t >= tiles.new_tiles)
-    return gl.load(kv_indices + key, mask=wanted, other=0).to(gl.int32)
+def gather_tile(sources, item, tiles, t, head, slots, kv_indices, memory, n, rest, LAYOUT: gl.constexpr, call, c):
+    """Tile t row by row: from ``slots`` of the pool, or new rows that a mask may hide; runs of slots through TMA."""
+    if c.RUNS and (not c.MASK_PREFIX) and t >= tiles.new_tiles and slots.strays == 0:
+        for half in gl.static_range(HALVES):
+            at = n * HALVES + half
+            memory.k_ring.wait_empty(at)
+            load_runs(
+                sources.k_runs, kv_indices, slots, head, half * c.K_COLUMNS, memory.k_ring.filled(at),
+                memory.k_ring.slot(at), c,
+            )  # fmt: skip
+        memory.v_ring.wait_empty(rest)
+        load_runs(
+            sources.k_runs, kv_indices, slots, head, HALVES * c.K_COLUMNS, memory.v_ring.filled(rest),
+            memory.v_ring.slot(rest), c,
+        )  # fmt: skip
+    else:
+        rows = rows_of(sources.k_pool + head.to(gl.int64) * sources.stride_kg, slots, sources.stride_ks, LAYOUT)
+        if c.MASK and (not c.UNIFIED) and t < tiles.new_tiles:
+            rows = new_rows(sources, item, tiles, t, head, LAYOUT, c)  # keys begin where their values do
+        exists = gl.full([c.BLOCK_N], 1, gl.int1, gl.SliceLayout(1, LAYOUT))
+        if c.MASK:
+            exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
+        for half in gl.static_range(HALVES):
+            at = n * HALVES + half
+            copy_slot(rows, exists, half * c.K_COLUMNS, c.HEAD_DIM, memory.k_ring, at, LAYOUT, c)
+        copy_slot(rows, exists, HALVES * c.K_COLUMNS, c.HEAD_DIM, memory.v_ring, rest, LAYOUT, c)
+
+
+@gluon.jit
+def load_tile(sources, item, tiles, t, head, memory, n, rest, ARRIVALS: gl.constexpr, c):
+    """New tile t's keys through TMA."""
+    row = (tiles.new_hi - 1 - t) * c.BLOCK_N
+    for half in gl.static_range(HALVES):
+        load_slot(sources.k, item, row, head, half * c.K_COLUMNS, memory.k_ring, n * HALVES + half, ARRIVALS)
+    load_slot(sources.k, item, row, head, HALVES * c.K_COLUMNS, memory.v_ring, rest, ARRIVALS)
+
+
+@gluon.jit
+def load_apart(sources, item, tiles, t, head, memory, n, ARRIVALS: gl.constexpr, LAYOUT: gl.constexpr, call, c):
+    """New tile t's values, which are not in its keys."""
+    if c.MASK:
+        rows = new_rows(sources, item, tiles, t, head, LAYOUT, c)
+        exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
+    for half in gl.static_range(HALVES):
+        at = n * HALVES + half
+        if c.MASK:
+            copy_slot(rows, exists, half * c.K_COLUMNS, c.HEAD_DIM_V, memory.k_ring, at, LAYOUT, c)
+        else:
+            row = (tiles.new_hi - 1 - t) * c.BLOCK_N
+            load_slot(sources.v, item, row, head, half * c.K_COLUMNS, memory.k_ring, at, ARRIVALS)
 
 
 @gluon.jit
 def produce_latent(sources, call, memory, ARRIVALS: gl.constexpr, c):
-    """Key tiles in the order of the walk; pool slots are looked up a tile ahead."""
+    """Key tiles in the order of the walk; slots and items are looked up ahead as in ``produce`` (tiled_producer.py)."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     total = count_blocks(call, c)
     n = 0
+    rest = 0
     number = 0
     turn = 0
-    working = total * 0 + 1
-    while working != 0:
-        item, rest, kv_start = find_item(item_index(turn, total, call, c), total, call, c)
-        publish(memory.board, item, rest, turn)
+    announce(memory.board, turn, total, call, c)
+    item, kv_start = announced(memory.board, turn, call, c)
+    while item.extend_len != 0:
+        tiles = tiles_of(item, call, c)
+        works = tiles.begin < tiles.end
+        if works:
+            load_queries(sources.q, item, memory, number, c)
+        head = item.head_block // c.GROUP
+        kv_indices = sources.kv_indices + kv_start
+        slots = no_slots(c)
+        if c.HAS_POOL:
+            ahead = slots_of(kv_indices, item, tiles, tiles.begin, c)
+        for t in range(tiles.begin, tiles.end + 1):
+            if c.HAS_POOL:
+                slots = arrived(kv_indices, ahead, c)
+                ahead = slots_of(kv_indices, item, tiles, t + 1, c)
+            if t < tiles.end:
+                if (not c.UNIFIED) and (c.APART or not c.MASK) and t < tiles.new_tiles:
+                    load_tile(sources, item, tiles, t, head, memory, n, rest, ARRIVALS, c)
+                    if c.APART:
+                        n += 1
+                        load_apart(sources, item, tiles, t, head, memory, n, ARRIVALS, LAYOUT, call, c)
+                elif c.GATHERS:
+                    gather_tile(sources, item, tiles, t, head, slots, kv_indices, memory, n, rest, LAYOUT, call, c)
+                n += 1
+                rest += 1
+            if t == search_at(tiles):
+                announce(memory.board, turn + 1, total, call, c)
+        number += works.to(gl.int32)
         turn += 1
-        working = item.extend_len
-        if working != 0:
-            tiles = tiles_of(item, call, c)
-            if tiles.begin < tiles.end:
-                load_queries(sources.q, item, memory, number, c)
-                number += 1
-                head = item.head_block // c.GROUP
-                slots = gl.zeros([c.BLOCK_N], gl.int32, gl.SliceLayout(1, LAYOUT))
-                if c.HAS_POOL:
-                    slots = slots_of(sources.kv_indices + kv_start, item, tiles, tiles.begin, LAYOUT, c)
-                for t in range(tiles.begin, tiles.end):
-                    following = slots
-                    if c.HAS_POOL:
-                        following = slots_of(sources.kv_indices + kv_start, item, tiles, t + 1, LAYOUT, c)
-                    row = (tiles.new_hi - 1 - t) * c.BLOCK_N
-                    if (not c.UNIFIED) and (not c.MASK) and t < tiles.new_tiles:
-                        for half in gl.static_range(HALVES):
-                            at = n * HALVES + half
-                            load_slot(sources.k, item, row, head, half * c.K_COLUMNS, memory.k_ring, at, ARRIVALS)
-                        load_slot(sources.k, item, row, head, HALVES * c.K_COLUMNS, memory.v_ring, n, ARRIVALS)
-                    elif c.GATHER:
-                        exists = slots >= 0
-                        if c.MASK:
-                            exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
-                        rows = sources.k_pool + head.to(gl.int64) * sources.stride_kg
-                        rows += slots.to(gl.int64) * sources.stride_ks
-                        if c.MASK and not c.UNIFIED:  # new rows lie where their values do
-                            token = row + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
-                            own = sources.v_new + head.to(gl.int64) * sources.stride_vh
-                            own += (item.q_start + token).to(gl.int64) * sources.stride_vt
-                            rows = gl.where(t < tiles.new_tiles, own, rows)
-                        for half in gl.static_range(HALVES):
-                            at = n * HALVES + half
-                            copy_slot(rows, exists, half * c.K_COLUMNS, memory.k_ring, at, LAYOUT, c)
-                        copy_slot(rows, exists, HALVES * c.K_COLUMNS, memory.v_ring, n, LAYOUT, c)
-                    slots = following
-                    n += 1
+        item, kv_start = announced(memory.board, turn, call, c)

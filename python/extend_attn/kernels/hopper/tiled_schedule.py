@@ -4,8 +4,8 @@ Items are in order of falling cost over the whole batch. An item's *level* is th
 sees; the sequence's last block of rows has the highest. Program p of P takes items p, 2P - 1 - p, 2P + p, ...: rounds
 run to and fro, which evens out what the programs get. Lengths are read on the device, so a graph may change them.
 
-Where keys and values are more than the L2 holds, heads go in *sections*, one after the other, each with all its items in
-this order: what one level of a section has read the next ones find.
+Where keys and values are more than the L2 holds, heads go in *sections*, one after the other, each with all its items
+in this order: what one level of a section has read the next ones find.
 """
 
 # Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from .tiled_work import Item
 
 CHUNK = gl.constexpr(128)  # sequences looked at in one step
-FIELDS = gl.constexpr(8)  # words a message, of which 6 are used
+FIELDS = gl.constexpr(8)  # words a message
 MESSAGES = gl.constexpr(2)
 
 
@@ -193,7 +193,7 @@ def _get(board, at):
 
 
 @gluon.jit
-def publish(board, item, rest, number):
+def publish(board, item, rest, kv_start, number):
     """Tells the consumers the producer's ``number``-th item."""
     board.wait_empty(number)
     at = number % MESSAGES * FIELDS
@@ -203,19 +203,50 @@ def publish(board, item, rest, number):
     _put(board.slots, at + 3, item.extend_len)
     _put(board.slots, at + 4, item.prefix_len)
     _put(board.slots, at + 5, rest)
+    _put(board.slots, at + 6, kv_start.to(gl.int32))
+    _put(board.slots, at + 7, (kv_start >> 32).to(gl.int32))
     mbarrier.arrive(board.filled(number), count=1)
 
 
 @gluon.jit
-def receive(board, number, call, c):
-    """A consumer's ``number``-th item."""
-    board.wait_full(number)
-    at = number % MESSAGES * FIELDS
+def announce(board, turn, total, call, c):
+    """Finds the program's ``turn``-th item and tells the consumers."""
+    index = item_index(turn, total, call, c)
+    item, rest, kv_start = find_item(index, total, call, c)
+    publish(board, item, rest, kv_start, turn)
+
+
+@gluon.jit
+def search_at(tiles):
+    """The step of an item's loop in which the producer finds the next one: the ring is full, or there is nothing to
+    load."""
+    return gl.where(tiles.begin < tiles.end, tiles.begin + 1, tiles.begin)
+
+
+@gluon.jit
+def announced(board, turn, call, c):
+    """(item, where its prefix slots start) as the producer told; it reads its own words, and waits for nothing."""
+    at = turn % MESSAGES * FIELDS
+    low = _get(board.slots, at + 6).to(gl.uint32, bitcast=True).to(gl.int64)
+    high = _get(board.slots, at + 7).to(gl.int64)
+    return _read(board, at, call, c), (high << 32) + low
+
+
+@gluon.jit
+def receive(board, turn, call, c):
+    """A consumer's ``turn``-th item."""
+    board.wait_full(turn)
+    item = _read(board, turn % MESSAGES * FIELDS, call, c)
+    board.release(turn)
+    return item
+
+
+@gluon.jit
+def _read(board, at, call, c):
     sequence = _get(board.slots, at)
     block = _get(board.slots, at + 1)
     q_start = _get(board.slots, at + 2)
     extend_len = _get(board.slots, at + 3)
     prefix_len = _get(board.slots, at + 4)
     rest = _get(board.slots, at + 5)
-    board.release(number)
     return item_of(sequence, block, q_start, extend_len, prefix_len, rest, call, c)

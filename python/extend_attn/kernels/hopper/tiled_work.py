@@ -19,12 +19,13 @@ class Shape:
 
     HEADS 2: the two consumers take two query heads of one KV head over the same 64 tokens; 1: two blocks of 64 tokens
     of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns, or, if
-    LATENT, where values are the first columns of keys, consumers (tiled_latent.py). SPLIT: items that share a block's
-    keys. QUERIES: query tiles a consumer, this item's and the next one's if there are two. ONE_RING: keys and values
-    share a ring. EARLY_VALUES: a tile's values can have come when its scores have. STAGED: the output leaves through the
-    query's place. GATHER: whether any rows are copied one by one. FP8: 0, or what fp8_rows.py calls the pool's codes.
-    BY_POSITION: the window goes by ``q_positions``. UNSEEN: a row may see no key of an item. S, O, P: the layouts of a
-    consumer's logits, accumulator, weights.
+    LATENT, where values are the first columns of keys, consumers (tiled_latent.py); APART: those of new tokens are not.
+    QUERIES: query tiles a consumer, this item's and the next one's if there are two. ONE_RING: keys and values share a
+    ring. EARLY_VALUES: a tile's values can have come when its scores have. STAGED: the output leaves through the
+    query's place. SPLIT: items that share a block's keys. GATHERS: rows come by asynchronous copies, which consumers
+    must fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py calls the pool's codes. BY_POSITION: the window
+    goes by ``q_positions``. UNSEEN: a row may see no key of an item. S, O, P: the layouts of a consumer's logits,
+    accumulator, weights.
     """
 
     NUM_HEADS: gl.constexpr
@@ -44,11 +45,13 @@ class Shape:
     EARLY_VALUES: gl.constexpr
     STAGED: gl.constexpr
     LATENT: gl.constexpr
+    APART: gl.constexpr
     SPLIT: gl.constexpr
     HAS_POOL: gl.constexpr
-    GATHER: gl.constexpr
+    GATHERS: gl.constexpr
     UNIFIED: gl.constexpr
     FP8: gl.constexpr
+    RUNS: gl.constexpr
     CAUSAL: gl.constexpr
     WINDOW: gl.constexpr
     MASK: gl.constexpr
