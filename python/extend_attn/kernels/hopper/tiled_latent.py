@@ -24,7 +24,7 @@ from .tiled_epilogue import store, store_part
 from .tiled_masks import ALL, BOTH, NEW, SOME, hide, seen, some_row_sees
 from .tiled_producer import arrived, load_runs, new_rows, no_slots, rows_of, slots_of
 from .tiled_schedule import announce, announced, count_blocks, receive, search_at
-from .tiled_softmax import logits, scales, temperature_of, weigh
+from .tiled_softmax import logits, no_sums, row_sums, scales, temperature_of, weigh
 from .tiled_work import ROWS, Item, box_at, place_of, tiles_of
 
 HALVES = gl.constexpr(2)  # of the value columns, one a consumer
@@ -61,7 +61,7 @@ def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, rest, c):
     temperature = temperature_of(call, item, item.first, c)
     o = gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O)
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
-    l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
+    l = no_sums(c)
     for t in range(tiles.begin, tiles.end):
         s_acc = scores(memory, n, rest, c)
         scale, v_scale = scales(t, tiles, call, KEYS, c)
@@ -94,7 +94,7 @@ def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, rest, c):
         memory.k_ring.release(n * HALVES + WHO)
         n += 1
         rest += 1
-    return o, m, l, n, rest
+    return o, m, row_sums(l, c), n, rest
 
 
 @gluon.jit
