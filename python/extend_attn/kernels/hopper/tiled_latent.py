@@ -24,7 +24,7 @@ from .tiled_epilogue import store, store_part
 from .tiled_masks import ALL, BOTH, NEW, SOME, hide, seen, some_row_sees
 from .tiled_producer import arrived, load_runs, new_rows, no_slots, rows_of, slots_of
 from .tiled_schedule import announce, announced, count_blocks, receive, search_at
-from .tiled_softmax import logits, no_sums, row_sums, scales, temperature_of, weigh
+from .tiled_softmax import logits, no_sums, rescale, row_sums, scales, temperature_of, weigh
 from .tiled_work import ROWS, Item, box_at, place_of, tiles_of
 
 HALVES = gl.constexpr(2)  # of the value columns, one a consumer
@@ -84,7 +84,7 @@ def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, rest, c):
         if c.V_SCALED:
             w = w * v_scale
         p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
-        o = o * gl.convert_layout(alpha, gl.SliceLayout(1, c.O))[:, None]
+        o = rescale(o, alpha, c.O)
         if c.APART and t < tiles.new_tiles:
             memory.k_ring.wait_full(n * HALVES + WHO)
             if c.GATHERS:
@@ -121,9 +121,9 @@ def consume_latent(WHO: gl.constexpr, call, memory, c):
             who, item.split,
         )  # fmt: skip
         if c.SPLIT:
-            store_part(call, half, tiles, item.first, item.head_block, o, m, l, c)
+            store_part(call, half, tiles, item.first, item.head_block, o, l, m, l, c)
         else:
-            store(WHO, memory, call, half, item.first, item.head_block, o, m, l, c)
+            store(WHO, memory, call, half, item.first, item.head_block, o, l, m, l, c)
         turn += 1
         item = receive(memory.board, turn, call, c)
 
