@@ -99,7 +99,8 @@ def tiled_shared_memory(problem: Problem, plan: Plan) -> int:
     keys = columns * chunks
     if latent(problem):
         elements = (ROWS + plan.tile.num_stages * plan.tile.block_n) * (keys + LATENT_REST)
-        return elements * ELEMENT_SIZE[problem.dtype] + BARRIERS + LAYOUT_SCRATCH
+        elements += ROWS * plan.tile.block_n  # weights
+        return elements * ELEMENT_SIZE[problem.dtype] + 2 * 2 * 4 * ROWS + BARRIERS
     elements = 2 * ROWS * keys + plan.tile.num_stages * plan.tile.block_n * (keys + block_dv)
     staged = slices > 1 or plan.tile.num_stages > STAGES_WITH_SCRATCH
     return elements * ELEMENT_SIZE[problem.dtype] + BARRIERS + (0 if staged else LAYOUT_SCRATCH)

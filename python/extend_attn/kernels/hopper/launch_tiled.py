@@ -79,8 +79,9 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         num_warps=4,
         maxnreg=MAX_REGISTERS,
     )
-    box = LATENT_REST if latent(problem) else columns
-    boxes = (ROWS, box), (plan.tile.block_n, box), (plan.tile.block_n, LATENT_REST if latent(problem) else block_dv)
+    boxes = (ROWS, columns), (plan.tile.block_n, columns), (plan.tile.block_n, block_dv)
+    if latent(problem):
+        boxes = (ROWS, LATENT_REST), (plan.tile.block_n // 2, LATENT_REST), (plan.tile.block_n // 2, LATENT_REST)
     if plan.split_kv == 1:
         return Recipe((tiled,), functools.partial(_tensors, boxes))
     row_blocks *= 1 if one_tile else 2

@@ -22,7 +22,7 @@ from .gluon_compat import struct
 from .ring import Ring, barriers
 from .tiled_codes import produce_codes
 from .tiled_epilogue import store, store_part
-from .tiled_latent import BOX, consume_latent, produce_latent
+from .tiled_latent import BOX, PARTS, consume_latent, produce_latent
 from .tiled_masks import ALL, BOTH, END, NEW, NONE, POOL, SOME, before_end, hide, seen
 from .tiled_producer import Sources, produce
 from .tiled_schedule import FIELDS, MESSAGES, receive
@@ -272,13 +272,15 @@ def tiled_kernel(
     ARRIVALS: gl.constexpr = 32 * PRODUCER_WARPS if HAS_POOL or COPIES else 1
     OFFSETS: gl.constexpr = window_offsets is not None
     BY_POSITION: gl.constexpr = WINDOW and Q_POSITIONS
+    SHARE: gl.constexpr = PARTS if LATENT else 1  # consumers that share a tile's scores
+    KEYS: gl.constexpr = BLOCK_N // SHARE
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     c = Shape(
         NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 or LATENT else 2 * ROWS, HEAD_DIM, HEAD_DIM_V,
-        BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, LATENT, APART, (V_SLICES > 1 or V_STAGES > 2) and not LATENT,
+        BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, LATENT, APART, V_SLICES > 1 or V_STAGES > 2,
         SPLIT, HAS_POOL, (HAS_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW, MASK, MASK_PREFIX, SINKS,
         CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK or (WINDOW and SPLIT), OFFSETS, LSE, V_SCALED, NEGATE,
-        gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]), O, gl.DotOperandLayout(0, O, 2),
+        gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]), O, gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip
     call = Call(
         o, lse if LSE else o, partial if SPLIT else o, partial_ml if SPLIT else o, qo_indptr, kv_indptr,
@@ -297,27 +299,37 @@ def tiled_kernel(
     )  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, K_COLUMNS], dtype)
-    K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, K_COLUMNS], dtype)
+    K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, K_COLUMNS], dtype)
     V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_DV], dtype)
     WORDS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_slots = gl.allocate_shared_memory(dtype, [K_CHUNKS if LATENT else 2 * K_CHUNKS, ROWS, K_COLUMNS], Q_LAYOUT)
     q_rest = q_slots
     V_COLUMNS: gl.constexpr = BOX if LATENT else BLOCK_DV
+    weights = q_slots
+    maxima = q_slots
+    sums = q_slots
+    told = q_slots
     if LATENT:
         q_rest = gl.allocate_shared_memory(dtype, [1, ROWS, BOX], Q_LAYOUT)
+        W_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, KEYS], dtype)
+        weights = gl.allocate_shared_memory(dtype, [PARTS, ROWS, KEYS], W_LAYOUT)
+        maxima = gl.allocate_shared_memory(gl.float32, [PARTS, ROWS], WORDS)
+        sums = gl.allocate_shared_memory(gl.float32, [PARTS, ROWS], WORDS)
+        told = barriers(6, 1)
     memory = Memory(
         q_slots,
         q_rest,
         barriers(2, 1),
         barriers(2, 1),
         Ring(
-            gl.allocate_shared_memory(dtype, [K_STAGES, BLOCK_N, K_COLUMNS], K_LAYOUT),
-            barriers(K_STAGES, ARRIVALS), barriers(K_STAGES, 2), K_STAGES,
+            gl.allocate_shared_memory(dtype, [K_STAGES * SHARE, KEYS, K_COLUMNS], K_LAYOUT),
+            barriers(K_STAGES * SHARE, ARRIVALS), barriers(K_STAGES * SHARE, 2), K_STAGES * SHARE,
         ),
         Ring(
-            gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, V_COLUMNS], V_LAYOUT),
-            barriers(V_STAGES, ARRIVALS), barriers(V_STAGES, 2), V_STAGES,
+            gl.allocate_shared_memory(dtype, [V_STAGES * SHARE, KEYS, V_COLUMNS], V_LAYOUT),
+            barriers(V_STAGES * SHARE, ARRIVALS), barriers(V_STAGES * SHARE, 1 if LATENT else 2), V_STAGES * SHARE,
         ),
+        weights, maxima, sums, told,
         Ring(
             gl.allocate_shared_memory(gl.int32, [MESSAGES * FIELDS, 1], WORDS),
             barriers(MESSAGES, 1), barriers(MESSAGES, 2), MESSAGES,

@@ -43,7 +43,7 @@ def store(WHO: gl.constexpr, memory, call, item, row0, head, o, m, l, c):
     if DIRECT:
         out = o
     elif c.STAGED:
-        TILES: gl.constexpr = c.K_CHUNKS * c.K_COLUMNS // c.BLOCK_DV  # of a consumer's query
+        TILES: gl.constexpr = 1 if c.LATENT else c.K_CHUNKS * c.K_COLUMNS // c.BLOCK_DV  # of a consumer's query
         slots = memory.q_slots
         tile = reinterpret(slots, slots.dtype, [2 * TILES, ROWS, c.BLOCK_DV], memory.v_ring.slots.layout)
         tile.index(WHO * TILES).store(o.to(slots.dtype))
