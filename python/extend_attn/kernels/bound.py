@@ -30,7 +30,7 @@ _ROWS = {"k_new": NUM_TENSORS, "v_new": NUM_TENSORS + 1}
 _NONE = NUM_TENSORS + 2
 # Tensors whose alignment calls.py tells apart; no other may be specialised by it.
 _ALIGNED = ("q", "k_new", "v_new", "o", "k_pool", "v_pool")
-_DESCRIBED = ("q", "k_new", "v_new", "k_pool", "v_pool")
+_DESCRIBED = ("q", "k_new", "v_new", "k_pool", "v_pool", "o")
 _UNBOUNDED = 1 << 30  # a descriptor's dim of this size has nothing to do with a tensor's rows
 MAX_HANDLES = 4096  # past this what is known is dropped and found anew
 
@@ -178,7 +178,7 @@ def _descriptor(like: Any, inputs: Inputs) -> Tuple[Callable[[tuple], Any], bool
     tensor's rows). The query's rows are the same in all calls of a Prepared; those of other tensors need not be."""
     name = next((name for name in _DESCRIBED if like.base is getattr(inputs, name)), None)
     if name is None or not hasattr(like, "__dict__"):
-        raise Unbindable(f"a descriptor of {type(like.base).__name__}: not of query, keys, values or pools")
+        raise Unbindable(f"a descriptor of {type(like.base).__name__}: not of query, keys, values, pools or output")
     kind, fields, shape = type(like), dict(like.__dict__), list(like.shape)
     slot = _SLOTS[name]
     rows = _ROWS[name] if name in _ROWS and shape[0] == like.base.shape[0] else None

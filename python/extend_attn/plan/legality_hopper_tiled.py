@@ -18,9 +18,10 @@ LATENT_VALUES, LATENT_REST = 512, 64  # columns of a latent key that are its val
 HELD_MAX = 176  # registers that hold logits, weights and accumulator, of 232 to 240: with more the loops spill
 MASK_KEYS_MAX = 64  # keys of a tile: a mask's bytes take a register each from load to use
 FP8_HEAD_DIM_MAX = 256
+RING_SLOTS = 3  # of one ring for keys and values: two in use, one on its way
+SHARED_MEMORY = 232448  # bytes of a block on sm_90
 BARRIERS = 1024  # bytes: mbarriers, work items, what warp specialisation passes on
-# Bytes: the output changes its layout on its way out; with several slices, or more stages, in the query's place.
-LAYOUT_SCRATCH, STAGES_WITH_SCRATCH = 4096, 2
+LAYOUT_SCRATCH = 4096  # bytes: the output changes its layout on its way out, unless it leaves through the query's place
 
 
 def v_is_k(problem: Problem) -> bool:
@@ -93,14 +94,34 @@ def _not_served(problem: Problem) -> Optional[str]:
     return None
 
 
+def shares_ring(problem: Problem, plan: Plan) -> bool:
+    """Whether keys and values take turns in one ring of RING_SLOTS: where num_stages is 1 and their slots are alike."""
+    columns, chunks, block_dv, slices = tiled_blocks(problem)
+    return plan.tile.num_stages == 1 and (chunks, slices) == (1, 1) and columns == block_dv
+
+
+def tiled_queries(problem: Problem, plan: Plan) -> int:
+    """Query tiles a consumer: 2 if the next item's fit beside this one's, from whose place its output leaves then."""
+    columns, chunks, block_dv, slices = tiled_blocks(problem)
+    fits = _bytes(problem, plan, 2) <= SHARED_MEMORY and columns * chunks % block_dv == 0
+    return 2 if fits and slices == 1 and plan.split_kv == 1 else 1
+
+
 def tiled_shared_memory(problem: Problem, plan: Plan) -> int:
-    """Bytes: two query tiles and ``num_stages`` tiles of keys and of values; one query tile beside latent keys."""
+    """Bytes: query tiles, and ``num_stages`` tiles of keys and of values, or one ring."""
+    return _bytes(problem, plan, tiled_queries(problem, plan))
+
+
+def _bytes(problem: Problem, plan: Plan, queries: int) -> int:
     columns, chunks, block_dv, slices = tiled_blocks(problem)
     keys = columns * chunks
+    scratch = 0 if slices > 1 or (queries > 1 and problem.out_dtype == problem.dtype) else LAYOUT_SCRATCH
     if latent(problem):
         elements = (ROWS + plan.tile.num_stages * plan.tile.block_n) * (keys + LATENT_REST)
-        elements += ROWS * plan.tile.block_n  # weights
-        return elements * ELEMENT_SIZE[problem.dtype] + 2 * 2 * 4 * ROWS + BARRIERS
-    elements = 2 * ROWS * keys + plan.tile.num_stages * plan.tile.block_n * (keys + block_dv)
-    staged = slices > 1 or plan.tile.num_stages > STAGES_WITH_SCRATCH
-    return elements * ELEMENT_SIZE[problem.dtype] + BARRIERS + (0 if staged else LAYOUT_SCRATCH)
+        elements += ROWS * plan.tile.block_n  # weights that consumers exchange
+        return elements * ELEMENT_SIZE[problem.dtype] + 4 * 4 * ROWS + BARRIERS
+    if shares_ring(problem, plan):
+        elements = queries * 2 * ROWS * keys + RING_SLOTS * plan.tile.block_n * keys
+    else:
+        elements = queries * 2 * ROWS * keys + plan.tile.num_stages * plan.tile.block_n * (keys + block_dv)
+    return elements * ELEMENT_SIZE[problem.dtype] + BARRIERS + scratch

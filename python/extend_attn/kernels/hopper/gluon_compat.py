@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language.core import _aggregate as aggregate
 
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 gather_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 constexpr_function = gluon.constexpr_function
 

@@ -14,7 +14,7 @@ from .fp8_rows import load_codes, put_codes
 from .tiled_masks import some_row_sees
 from .tiled_producer import load_keys, load_query, new_values, no_slots, slots_of
 from .tiled_schedule import announce, announced, count_blocks, search_at
-from .tiled_work import tiles_of
+from .tiled_work import key_place, tiles_of, value_place
 
 PIECE_CODES = gl.constexpr(8192)  # 16 words a thread of four warps
 
@@ -88,13 +88,15 @@ def produce_codes(sources, call, memory, ARRIVALS: gl.constexpr, c):
         if KEYS > 1:
             after = _load(sources, head, following, has_key, seen, item, False, 1, PIECE, LAYOUT, c)
         for t in range(tiles.begin, tiles.end + 1):
+            keys_at = key_place(n, t, tiles, c)
+            values_at = value_place(n - 1, t - 1, tiles, c)
             later = slots_of(kv_indices, item, tiles, t + 2, c)
             has_key = (t < tiles.end) & (t >= pooled)
             has_value = t > pooled
             next_key = (t + 1 < tiles.end) & (t + 1 >= pooled)
             if t < tiles.end:
                 if t < pooled:
-                    load_keys(sources.k, item, tiles.new_hi - 1 - t, head, memory.k_ring, n, ARRIVALS, c)
+                    load_keys(sources.k, item, tiles.new_hi - 1 - t, head, memory.k_ring, keys_at, ARRIVALS, c)
             for i in gl.static_range(ALL):
                 if i + 2 < KEYS:
                     then = _load(sources, head, following, has_key, seen, item, False, i + 2, PIECE, LAYOUT, c)
@@ -107,16 +109,16 @@ def produce_codes(sources, call, memory, ARRIVALS: gl.constexpr, c):
                     then = _load(sources, head, following, has_key, seen_next, item, True, piece, PIECE, LAYOUT, c)
                 if i < KEYS:
                     if has_key:
-                        _put(codes, memory.k_ring, n * c.K_CHUNKS, i, PIECE, c)
+                        _put(codes, memory.k_ring, keys_at * c.K_CHUNKS, i, PIECE, c)
                 elif has_value:
-                    _put(codes, memory.v_ring, n - 1, i - KEYS, PIECE, c)
+                    _put(codes, memory.v_ring, values_at, i - KEYS, PIECE, c)
                 codes = after
                 after = then
             if t == tiles.begin:
                 if works:
                     load_query(sources.q, item, memory, number, c)
             elif t <= pooled:
-                new_values(sources, item, tiles, t - 1, head, memory.v_ring, n - 1, ARRIVALS, call, c)
+                new_values(sources, item, tiles, t - 1, head, memory.v_ring, values_at, ARRIVALS, call, c)
             if t == search_at(tiles):
                 announce(memory.board, turn + 1, total, call, c)
             if c.MASK_PREFIX:

@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -22,10 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .gluon_compat import gather_load, reinterpret, sync, tma_load
 from .tiled_epilogue import store, store_part
 from .tiled_masks import BOTH, NEW, first_key, sees, some_row_sees
-from .tiled_producer import RAGGED, arrived, load_runs, new_rows, no_slots, rows_of, slots_of
+from .tiled_producer import arrived, load_runs, new_rows, no_slots, rows_of, slots_of
 from .tiled_schedule import announce, announced, count_blocks, receive, search_at
 from .tiled_softmax import logits, scales, temperature_of
-from .tiled_work import ROWS, Item, place_of, tiles_of
+from .tiled_work import ROWS, Item, box_at, place_of, tiles_of
 
 HALVES = gl.constexpr(2)  # of the value columns, one a consumer
 PARTS = gl.constexpr(2)  # of a tile's keys, one a consumer
@@ -183,8 +184,9 @@ def consume_latent(WHO: gl.constexpr, call, memory, c):
             store_part(call, half, tiles, item.first, item.head_block, o, m, l, c)
         else:
             store(WHO, memory, call, half, item.first, item.head_block, o, m, l, c)
-        if works:  # both consumers have read the queries, and this one's half of their place holds the output
-            fence_async_shared()
+            if c.STAGED:  # the place of the queries, which both consumers have read
+                tma.store_wait(0)
+        if works:
             mbarrier.arrive(memory.q_empty.index(WHO), count=1)
         turn += 1
         item = receive(memory.board, turn, call, c)
@@ -195,10 +197,8 @@ def load_boxes(desc, item, row, head, COLUMN: gl.constexpr, barrier, destination
     """Rows ``row``.. of the item's sequence, zeros past its end, as boxes of 64 columns side by side."""
     NUMBER: gl.constexpr = destination.shape[1] // BOX
     boxes = reinterpret(destination, destination.dtype, [NUMBER, destination.shape[0], BOX], destination.layout)
-    end = item.q_start + item.extend_len
     for box in gl.static_range(NUMBER):
-        at = [RAGGED, end, RAGGED - item.extend_len + row, head, COLUMN + box * BOX]
-        tma_load(desc, at, barrier, boxes.index(box))
+        tma_load(desc, box_at(item, row, head, COLUMN + box * BOX), barrier, boxes.index(box))
 
 
 @gluon.jit
@@ -330,7 +330,7 @@ def produce_latent(sources, call, memory, ARRIVALS: gl.constexpr, c):
             ahead = slots_of(kv_indices, item, tiles, tiles.begin, c)
         for t in range(tiles.begin, tiles.end + 1):
             if c.HAS_POOL:
-                slots = arrived(ahead, c)
+                slots = arrived(kv_indices, ahead, c)
                 ahead = slots_of(kv_indices, item, tiles, t + 1, c)
             if t < tiles.end:
                 if (not c.UNIFIED) and (c.APART or not c.MASK) and t < tiles.new_tiles:

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from .gluon_compat import constexpr_function, gather_load, reinterpret, struct, tma_load
 from .tiled_masks import some_row_sees
 from .tiled_schedule import announce, announced, count_blocks, search_at
-from .tiled_work import ROWS, tiles_of
+from .tiled_work import ROWS, box_at, key_place, tiles_of, value_place
 
 
 @struct
@@ -42,9 +42,8 @@ class Sources:
     v_runs: tma.tensor_descriptor
 
 
-RUN = gl.constexpr(16)  # consecutive slots from which on TMA loads rows of the pool
+RUN = gl.constexpr(64)  # consecutive slots that TMA loads at once; with 16, boxes wait for one another
 PANEL = gl.constexpr(64)  # columns of a swizzled panel
-RAGGED: gl.constexpr = gl.constexpr(1 << 30)  # rows of a ragged descriptor's last-but-two dimension
 
 
 @gluon.jit
@@ -53,17 +52,16 @@ def load_box(desc, item, row, head, column, barrier, destination, bytes: gl.cons
     if arrivals > 1:
         mbarrier.arrive(barrier, count=arrivals - 1)
     mbarrier.expect(barrier, bytes)
-    end = item.q_start + item.extend_len
-    tma_load(desc, [RAGGED, end, RAGGED - item.extend_len + row, head, column], barrier, destination)
+    tma_load(desc, box_at(item, row, head, column), barrier, destination)
 
 
 @gluon.jit
 def load_query(desc, item, memory, number, c):
     BYTES: gl.constexpr = ROWS * c.K_COLUMNS * c.K_CHUNKS * 2
-    end = item.q_start + item.extend_len
     for who in gl.static_range(2):
-        mbarrier.wait(memory.q_empty.index(who), (number & 1) ^ 1)
-        mbarrier.expect(memory.q_full.index(who), BYTES)
+        query = number % c.QUERIES * 2 + who
+        mbarrier.wait(memory.q_empty.index(query), (number // c.QUERIES & 1) ^ 1)
+        mbarrier.expect(memory.q_full.index(query), BYTES)
         row = item.first
         head = item.head_block * c.HEADS
         if c.HEADS == 2:
@@ -73,9 +71,9 @@ def load_query(desc, item, memory, number, c):
         for chunk in gl.static_range(c.K_CHUNKS):
             tma_load(
                 desc,
-                [RAGGED, end, RAGGED - item.extend_len + row, head, chunk * c.K_COLUMNS],
-                memory.q_full.index(who),
-                memory.q_slots.index(who * c.K_CHUNKS + chunk),
+                box_at(item, row, head, chunk * c.K_COLUMNS),
+                memory.q_full.index(query),
+                memory.q_slots.index(query * c.K_CHUNKS + chunk),
             )
 
 
@@ -119,8 +117,8 @@ def gather(
 
 @struct
 class Slots:
-    """Pool slots of a tile's keys, one a thread; ``start``: where they are in the item's key list; ``strays``: keys
-    that do not follow the first of their RUN, which TMA can't load."""
+    """Pool slots of a tile's keys, for each row that a thread copies. ``start``: where they are in the item's key list.
+    ``strays``: 0 if TMA can load the tile."""
 
     slots: gl.tensor
     strays: gl.tensor
@@ -128,28 +126,27 @@ class Slots:
 
 
 @constexpr_function
-def slots_layout(keys, warps):
-    """Keys over threads so that a warp holds those of the rows that it copies."""
-    lanes = [[1], [2]]
-    row = 4 * warps
-    while len(lanes) < 5:
-        lanes.append([row if row < keys else 0])
-        row *= 2
-    registers = [[row << i] for i in range(8) if row << i < keys]
-    return gl.DistributedLinearLayout(registers, lanes, [[4 << i] for i in range(warps.bit_length() - 1)], [], [keys])
+def slots_layout(warps):
+    return gl.SliceLayout(1, gl.BlockedLayout([1, 8], [4, 8], [warps, 1], [1, 0]))
+
+
+@constexpr_function
+def all_keys_layout(keys, warps):
+    """Every warp holds all keys."""
+    registers = [[32 << i] for i in range((keys // 32).bit_length() - 1)]
+    lanes = [[1 << i] for i in range(5)]
+    return gl.DistributedLinearLayout(registers, lanes, [[0]] * (warps.bit_length() - 1), [], [keys])
 
 
 @gluon.jit
 def no_slots(c):
-    none = gl.zeros([c.BLOCK_N], gl.int32, slots_layout(c.BLOCK_N, gl.num_warps()))
-    return Slots(none, gl.to_tensor(0), gl.to_tensor(0))
+    return Slots(gl.zeros([c.BLOCK_N], gl.int32, slots_layout(gl.num_warps())), gl.to_tensor(0), gl.to_tensor(0))
 
 
 @gluon.jit
 def slots_of(kv_indices, item, tiles, t, c):
     """The Slots of tile t. Keys that the item does not see repeat one that it does; before the prefix's tiles and past
     their end they mean nothing, but are slots of the item."""
-    SLOTS: gl.constexpr = slots_layout(c.BLOCK_N, gl.num_warps())
     start = (tiles.pool_hi - 1 - (t - tiles.new_tiles)) * c.BLOCK_N
     first = tiles.pool_first
     last = item.prefix_len - 1
@@ -157,42 +154,49 @@ def slots_of(kv_indices, item, tiles, t, c):
         new = t < tiles.new_tiles
         start = gl.where(new, item.prefix_len + (tiles.new_hi - 1 - t) * c.BLOCK_N, start)
         last = gl.where(new, item.prefix_len + item.extend_len - 1, last)
-    key = start + gl.arange(0, c.BLOCK_N, layout=SLOTS)
+    key = start + gl.arange(0, c.BLOCK_N, layout=slots_layout(gl.num_warps()))
     slots = gl.load(kv_indices + gl.maximum(gl.minimum(key, last), first), mask=key * 0 + last >= first, other=0)
-    slots = slots.to(gl.int32)  # half the registers
     strays = gl.to_tensor(0)
-    if c.RUNS:
-        place = gl.arange(0, c.BLOCK_N, layout=SLOTS) % RUN
-        key = gl.maximum(gl.minimum(key - place, last), first)
-        begins = gl.load(kv_indices + key, mask=key * 0 + last >= first, other=0).to(gl.int32)
-        strays = slots - begins - place
-    return Slots(slots, strays, start)
+    if c.RUNS:  # the ends of the first run alone: slots in no order then cost next to nothing
+        inside = (start >= first) & (start + c.BLOCK_N - 1 <= last)
+        begin = gl.load(kv_indices + start, mask=inside, other=0).to(gl.int32)
+        strays = gl.load(kv_indices + start + (RUN - 1), mask=inside, other=0).to(gl.int32) - begin - (RUN - 1)
+    return Slots(slots.to(gl.int32), strays, start)  # half the registers
 
 
 @gluon.jit
-def arrived(slots, c):
-    """The slots, once they are needed: ``strays`` counted."""
+def arrived(kv_indices, slots, c):
+    """The slots, once they are needed; ``strays`` counts keys that do not follow the first of their RUN. Each warp
+    looks at all keys, so that none waits for another."""
     strays = slots.strays
     if c.RUNS:
-        strays = gl.max(gl.abs(strays), 0)
+        if strays == 0:
+            key = gl.arange(0, c.BLOCK_N, layout=all_keys_layout(c.BLOCK_N, gl.num_warps()))
+            own = gl.load(kv_indices + slots.start + key).to(gl.int32)
+            begin = gl.load(kv_indices + slots.start + key // RUN * RUN).to(gl.int32)
+            strays = gl.sum((own - begin != key % RUN).to(gl.int32), 0)
     return Slots(slots.slots, strays, slots.start)
 
 
 @gluon.jit
 def load_runs(desc, kv_indices, start, head, column, barrier, destination):
-    """Rows from key ``start`` on, at consecutive slots, by TMA, RUN at a time, into a slot of the ring, which is panels
-    of 64 columns, each all rows high."""
+    """Rows from key ``start`` on, at consecutive slots, by TMA, into a slot of the ring. That is panels of 64 columns,
+    each all rows high: boxes are as wide as it where they are as high, else as wide as a panel."""
     COLUMNS: gl.constexpr = destination.shape[1]
     PANELS: gl.constexpr = COLUMNS // PANEL
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     mbarrier.arrive(barrier, count=gl.num_warps() * 32 - 1)
+    BOX: gl.constexpr = desc.block_shape[0]  # rows
+    BOXES: gl.constexpr = destination.shape[0] // BOX
     mbarrier.expect(barrier, destination.shape[0] * COLUMNS * 2)
-    RUNS: gl.constexpr = destination.shape[0] // RUN
-    boxes = reinterpret(destination, destination.dtype, [PANELS * RUNS, RUN, PANEL], LAYOUT)
-    for run in range(RUNS):  # unrolled, it spills
-        slot = gl.load(kv_indices + start + run * RUN).to(gl.int32)
-        for panel in gl.static_range(PANELS):
-            tma_load(desc, [slot, head, column + panel * PANEL], barrier, boxes.index(panel * RUNS + run))
+    if desc.block_shape[2] == COLUMNS and BOXES == 1:
+        tma_load(desc, [gl.load(kv_indices + start).to(gl.int32), head, column], barrier, destination)
+    else:
+        boxes = reinterpret(destination, destination.dtype, [PANELS * BOXES, BOX, PANEL], LAYOUT)
+        for box in gl.static_range(BOXES):
+            slot = gl.load(kv_indices + start + box * BOX).to(gl.int32)
+            for panel in gl.static_range(PANELS):
+                tma_load(desc, [slot, head, column + panel * PANEL], barrier, boxes.index(panel * BOXES + box))
 
 
 @gluon.jit
@@ -282,23 +286,29 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
         following = slots
         if c.HAS_POOL:
             ahead = slots_of(kv_indices, item, tiles, tiles.begin, c)
+        if c.QUERIES > 1:
+            if works:
+                load_query(sources.q, item, memory, number, c)
         for t in range(tiles.begin, tiles.end + 1):
+            keys_at = key_place(n, t, tiles, c)
+            values_at = value_place(n - 1, t - 1, tiles, c)
             if c.HAS_POOL:
-                following = arrived(ahead, c)
+                following = arrived(kv_indices, ahead, c)
                 ahead = slots_of(kv_indices, item, tiles, t + 1, c)
             if t < tiles.end:
                 if (not c.UNIFIED) and t < tiles.new_tiles:
-                    load_keys(sources.k, item, tiles.new_hi - 1 - t, head, memory.k_ring, n, ARRIVALS, c)
+                    load_keys(sources.k, item, tiles.new_hi - 1 - t, head, memory.k_ring, keys_at, ARRIVALS, c)
                 elif c.HAS_POOL:
-                    gather_keys(sources, head, following, kv_indices, memory.k_ring, n, LAYOUT, c)
+                    gather_keys(sources, head, following, kv_indices, memory.k_ring, keys_at, LAYOUT, c)
             if t == tiles.begin:
-                if works:
-                    load_query(sources.q, item, memory, number, c)
+                if c.QUERIES == 1:
+                    if works:
+                        load_query(sources.q, item, memory, number, c)
             elif (not c.UNIFIED) and t <= tiles.new_tiles:
-                new_values(sources, item, tiles, t - 1, head, memory.v_ring, n - 1, ARRIVALS, call, c)
+                new_values(sources, item, tiles, t - 1, head, memory.v_ring, values_at, ARRIVALS, call, c)
             elif c.HAS_POOL:
                 gather_values(
-                    sources, item, tiles, t - 1, head, slots, kv_indices, memory.v_ring, n - 1, LAYOUT, call, c
+                    sources, item, tiles, t - 1, head, slots, kv_indices, memory.v_ring, values_at, LAYOUT, call, c
                 )  # fmt: skip
             if t == search_at(tiles):
                 announce(memory.board, turn + 1, total, call, c)

@@ -3,6 +3,9 @@
 Items are in order of falling cost over the whole batch. An item's *level* is the number of blocks of keys that it
 sees; the sequence's last block of rows has the highest. Program p of P takes items p, 2P - 1 - p, 2P + p, ...: rounds
 run to and fro, which evens out what the programs get. Lengths are read on the device, so a graph may change them.
+
+Where keys and values are more than the L2 holds, heads go in *sections*, one after the other, each with all its items
+in this order: what one level of a section has read the next ones find.
 """
 
 # Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
@@ -19,9 +22,36 @@ MESSAGES = gl.constexpr(2)
 
 
 @gluon.jit
-def item_index(turn, program, programs):
-    """The ``turn``-th item of a program."""
-    return gl.where(turn % 2 == 0, turn * programs + program, (turn + 1) * programs - 1 - program)
+def _items_a_block(call, c):
+    """Items of a block of rows in one section of the heads."""
+    SLICES: gl.constexpr = 1 if c.LATENT else c.V_SLICES
+    return c.HEAD_BLOCKS * SLICES * call.splits // call.sections
+
+
+@gluon.jit
+def _share(place, programs, size):
+    """How many of a section's ``size`` items the program in a place gets."""
+    rounds = gl.cdiv(size, programs)
+    last = gl.where(rounds % 2 == 1, (rounds - 1) * programs + place, rounds * programs - 1 - place)
+    return gl.maximum(rounds - (last >= size).to(gl.int32), 0)
+
+
+@gluon.jit
+def item_index(turn, total, call, c):
+    """The ``turn``-th item of this program; past the last one's end if there is none."""
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    size = total * _items_a_block(call, c)
+    first = _share(program, programs, size)  # of an even section; in an odd one the programs go the other way
+    both = first + _share(programs - 1 - program, programs, size)
+    pair = turn // gl.maximum(both, 1)
+    turn = turn % gl.maximum(both, 1)
+    odd = turn >= first
+    place = gl.where(odd, programs - 1 - program, program)
+    turn = gl.where(odd, turn - first, turn)
+    at = gl.where(turn % 2 == 0, turn * programs + place, (turn + 1) * programs - 1 - place)
+    index = (2 * pair + odd.to(gl.int32)) * size + at
+    return gl.where(both == 0, size * call.sections, index)
 
 
 @gluon.jit
@@ -108,10 +138,11 @@ def find_block(rank, total, call, c):
 @gluon.jit
 def find_item(index, total, call, c):
     """(item ``index``, where its prefix slots start); ``total`` blocks of rows are in the batch."""
-    SLICES: gl.constexpr = 1 if c.LATENT else c.V_SLICES
-    inner = c.HEAD_BLOCKS * SLICES * call.splits
-    rank = index // inner
-    rest = index % inner
+    inner = _items_a_block(call, c)
+    size = gl.maximum(total * inner, 1)
+    section = index // size
+    rank = gl.where(section < call.sections, index % size // inner, total)
+    rest = section * inner + index % inner
     kv_start = gl.to_tensor(0).to(gl.int64)
     prefix_len = gl.to_tensor(0)
     q_start = gl.to_tensor(0)
@@ -180,7 +211,7 @@ def publish(board, item, rest, kv_start, number):
 @gluon.jit
 def announce(board, turn, total, call, c):
     """Finds the program's ``turn``-th item and tells the consumers."""
-    index = item_index(turn, gl.program_id(0), gl.num_programs(0))
+    index = item_index(turn, total, call, c)
     item, rest, kv_start = find_item(index, total, call, c)
     publish(board, item, rest, kv_start, turn)
 

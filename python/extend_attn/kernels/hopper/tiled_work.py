@@ -4,6 +4,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from .gluon_compat import struct
 from .ring import Ring
@@ -19,10 +20,12 @@ class Shape:
     HEADS 2: the two consumers take two query heads of one KV head over the same 64 tokens; 1: two blocks of 64 tokens
     of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns, or, if
     LATENT, where values are the first columns of keys, consumers (tiled_latent.py); APART: those of new tokens are not.
-    STAGED: the output passes through the query's place. SPLIT: items that share a block's keys. GATHERS: rows come by
-    asynchronous copies, which consumers must fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py calls the
-    pool's codes. BY_POSITION: the window goes by ``q_positions``. UNSEEN: a row may see no key of an item. S, O, P: the
-    layouts of a consumer's logits, accumulator, weights.
+    QUERIES: query tiles a consumer, this item's and the next one's if there are two. ONE_RING: keys and values share a
+    ring. EARLY_VALUES: a tile's values can have come when its scores have. STAGED: the output leaves through the
+    query's place. SPLIT: items that share a block's keys. GATHERS: rows come by asynchronous copies, which consumers
+    must fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py calls the pool's codes. BY_POSITION: the window
+    goes by ``q_positions``. UNSEEN: a row may see no key of an item. S, O, P: the layouts of a consumer's logits,
+    accumulator, weights.
     """
 
     NUM_HEADS: gl.constexpr
@@ -37,9 +40,12 @@ class Shape:
     K_CHUNKS: gl.constexpr
     BLOCK_DV: gl.constexpr
     V_SLICES: gl.constexpr
+    QUERIES: gl.constexpr
+    ONE_RING: gl.constexpr
+    EARLY_VALUES: gl.constexpr
+    STAGED: gl.constexpr
     LATENT: gl.constexpr
     APART: gl.constexpr
-    STAGED: gl.constexpr
     SPLIT: gl.constexpr
     HAS_POOL: gl.constexpr
     GATHERS: gl.constexpr
@@ -70,6 +76,7 @@ class Call:
     """A call's arrays and numbers as in ``Inputs`` and recipe.scalars; ``row_blocks`` of TOKENS tokens a sequence at
     most. The workspaces of splits are laid out as kernels/combine.py reads them."""
 
+    o_desc: tma.tensor_descriptor
     o: gl.tensor
     lse: gl.tensor
     partial: gl.tensor
@@ -87,6 +94,7 @@ class Call:
     batch_size: gl.tensor
     row_blocks: gl.tensor
     splits: gl.tensor
+    sections: gl.tensor
     window: gl.tensor
     new_scale: gl.tensor
     pool_scale: gl.tensor
@@ -209,6 +217,31 @@ def tiles_of(item, call, c):
         begin = gl.minimum(item.split * share, end)
         end = gl.minimum(begin + share, end)
     return Tiles(new_lo, new_hi, new_tiles, pool_lo, pool_hi, pool_first, begin, end)
+
+
+RAGGED: gl.constexpr = gl.constexpr(1 << 30)  # rows of a ragged descriptor's last-but-two dimension
+
+
+@gluon.jit
+def box_at(item, row, head, column):
+    """Coordinates in a ragged descriptor of the item's sequence's rows from ``row`` on."""
+    return [RAGGED, item.q_start + item.extend_len, RAGGED - item.extend_len + row, head, column]
+
+
+@gluon.jit
+def key_place(n, t, tiles, c):
+    """Ring position of an item's key tile t, the ``n``-th of the program. ONE_RING holds, item by item, what consumers
+    ask for in their order: K of the first tile, then K of a tile and V of the one before, then V of the last."""
+    if c.ONE_RING:
+        n = 2 * n - (t > tiles.begin).to(gl.int32)
+    return n
+
+
+@gluon.jit
+def value_place(n, t, tiles, c):
+    if c.ONE_RING:
+        n = 2 * n + 1 + (t + 1 < tiles.end).to(gl.int32)
+    return n
 
 
 @gluon.jit
