@@ -118,8 +118,9 @@ def _bytes(problem: Problem, plan: Plan, queries: int) -> int:
     scratch = 0 if slices > 1 or (queries > 1 and problem.out_dtype == problem.dtype) else LAYOUT_SCRATCH
     if latent(problem):
         elements = (ROWS + plan.tile.num_stages * plan.tile.block_n) * (keys + LATENT_REST)
-        scratch = LAYOUT_SCRATCH
-    elif shares_ring(problem, plan):
+        elements += ROWS * plan.tile.block_n  # weights that consumers exchange
+        return elements * ELEMENT_SIZE[problem.dtype] + 4 * 4 * ROWS + BARRIERS
+    if shares_ring(problem, plan):
         elements = queries * 2 * ROWS * keys + RING_SLOTS * plan.tile.block_n * keys
     else:
         elements = queries * 2 * ROWS * keys + plan.tile.num_stages * plan.tile.block_n * (keys + block_dv)

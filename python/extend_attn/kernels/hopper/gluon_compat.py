@@ -29,3 +29,6 @@ def struct(cls):
 
 # (memory, type, shape, layout): the same shared memory seen as something else
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+
+# a barrier of one partition's threads
+sync = getattr(gl, "barrier", None) or gl.thread_barrier

@@ -46,7 +46,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     one_ring = shares_ring(problem, plan)
     queries = tiled_queries(problem, plan)
     # the output leaves through the query's place
-    staged = (queries > 1 or slices > 1) and not latent(problem) and plan.split_kv == 1
+    staged = (queries > 1 or slices > 1) and plan.split_kv == 1
     staged = staged and inputs.o.dtype == inputs.q.dtype
     stages = RING_SLOTS if one_ring else plan.tile.num_stages
     row_blocks = -(-problem.max_len_extend // (ROWS if one_tile else 2 * ROWS))
@@ -97,13 +97,13 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         num_warps=4,
         maxnreg=MAX_REGISTERS,
     )
-    box = LATENT_REST if latent(problem) else columns
-    values = LATENT_REST if latent(problem) else block_dv
-    boxes = (ROWS, box), (plan.tile.block_n, box), (plan.tile.block_n, values), (ROWS, values) if staged else None
-    runs = (0, 0)
+    keys, box, values = plan.tile.block_n, columns, block_dv
+    if latent(problem):
+        keys, box, values = keys // 2, LATENT_REST, LATENT_REST
+    boxes = (ROWS, box), (keys, box), (keys, values), (ROWS, block_dv) if staged else None
+    runs = None, None
     if on["HAS_POOL"] and not (fp8 or on["MASK_PREFIX"]):
-        whole = plan.tile.block_n == RUN and not latent(problem)
-        runs = (columns, block_dv) if whole else (PANEL, PANEL)
+        runs = ((RUN, columns), (RUN, block_dv)) if keys == RUN else ((min(keys, RUN), PANEL),) * 2
     if plan.split_kv == 1:
         return Recipe((tiled,), functools.partial(_tensors, boxes, runs))
     row_blocks *= 1 if one_tile else 2
@@ -136,7 +136,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 Boxes = Tuple[Optional[Tuple[int, int]], ...]  # rows and columns of the TMA boxes of Q, K, V and O
-Runs = Tuple[int, int]  # columns of the TMA boxes of the pools, 0 where there are none
+Runs = Tuple[Optional[Tuple[int, int]], ...]  # and of those of the pools
 
 
 def _tensors(boxes: Boxes, runs: Runs, inputs: Inputs) -> Tuple[List[object], ...]:
@@ -155,7 +155,7 @@ def _tiled_tensors(
     rows = [i.q if t is None else t for t in (i.q, i.k_new, i.v_new, i.o)]  # a unified call has no new ones: never used
     return [
         *(None if box is None else ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
-        *(run_descriptor(t, columns) for t, columns in zip((i.k_pool, i.v_pool), runs)),
+        *(None if box is None else run_descriptor(t, *box) for t, box in zip((i.k_pool, i.v_pool), runs)),
         i.v_new, codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse, i.qo_indptr, i.kv_indptr, i.kv_indices,
         i.prefix_lens, mask_bytes(i), i.mask_indptr, i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
     ]  # fmt: skip
@@ -179,15 +179,13 @@ def ragged_descriptor(t: torch.Tensor, rows: int, columns: int) -> TensorDescrip
     )
 
 
-def run_descriptor(pool: Optional[torch.Tensor], columns: int) -> Optional[TensorDescriptor]:
-    """A TMA descriptor of a pool [slots, heads, dim] for boxes of RUN slots of one head; None if there are no columns.
-    Slots are in bounds, so their number does not matter."""
-    if pool is None or not columns:
-        return None
+def run_descriptor(pool: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A TMA descriptor of a pool [slots, heads, dim] for boxes of consecutive slots of one head. Slots are in bounds:
+    their number does not matter."""
     slot_stride, head_stride = (pool.stride(d) if pool.shape[d] > 1 else PANEL for d in (0, 1))
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     shape = [RAGGED_END, pool.shape[1], pool.shape[2]]
-    return TensorDescriptor(pool, shape, [slot_stride, head_stride, 1], [RUN, 1, columns], layout)
+    return TensorDescriptor(pool, shape, [slot_stride, head_stride, 1], [rows, 1, columns], layout)
 
 
 @functools.cache

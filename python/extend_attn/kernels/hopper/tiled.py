@@ -23,7 +23,7 @@ from .gluon_compat import struct
 from .ring import Ring, barriers
 from .tiled_codes import produce_codes
 from .tiled_epilogue import store, store_part
-from .tiled_latent import BOX, consume_latent, produce_latent
+from .tiled_latent import BOX, PARTS, consume_latent, produce_latent
 from .tiled_masks import ALL, BOTH, END, NEW, NONE, POOL, SOME, before_end, hide, seen
 from .tiled_producer import Sources, produce
 from .tiled_schedule import FIELDS, MESSAGES, receive
@@ -334,6 +334,8 @@ def tiled_kernel(
     ARRIVALS: gl.constexpr = 32 * PRODUCER_WARPS if HAS_POOL or COPIES else 1
     OFFSETS: gl.constexpr = window_offsets is not None
     BY_POSITION: gl.constexpr = WINDOW and Q_POSITIONS
+    SHARE: gl.constexpr = PARTS if LATENT else 1  # consumers that share a tile's scores
+    KEYS: gl.constexpr = BLOCK_N // SHARE
     K_REST: gl.constexpr = rest_of(HEAD_DIM, K_COLUMNS)
     V_REST: gl.constexpr = rest_of(HEAD_DIM_V, BLOCK_DV)
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PANEL if V_REST > 0 else BLOCK_DV, 16])
@@ -344,7 +346,7 @@ def tiled_kernel(
         APART, SPLIT, HAS_POOL, (HAS_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW, MASK,
         MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK or (WINDOW and SPLIT), OFFSETS, LSE,
         V_SCALED, NEGATE, 0.0 if V_SCALED and q_desc.dtype == gl.float16 else SLACK,
-        gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]), O, REST, gl.DotOperandLayout(0, O, 2),
+        gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]), O, REST, gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip
     call = Call(
         o_desc if STAGED else q_desc, o, lse if LSE else o, partial if SPLIT else o, partial_ml if SPLIT else o,
@@ -363,23 +365,32 @@ def tiled_kernel(
     )  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, K_COLUMNS], dtype)
-    K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, K_COLUMNS], dtype)
+    K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, K_COLUMNS], dtype)
     V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_DV], dtype)
     WORDS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_slots = gl.allocate_shared_memory(dtype, [K_CHUNKS * (1 if LATENT else 2 * QUERIES), ROWS, K_COLUMNS], Q_LAYOUT)
     q_rest = q_slots
     V_COLUMNS: gl.constexpr = BOX if LATENT else BLOCK_DV
+    weights = q_slots
+    maxima = q_slots
+    sums = q_slots
+    told = q_slots
     if LATENT:
         q_rest = gl.allocate_shared_memory(dtype, [1, ROWS, BOX], Q_LAYOUT)
+        W_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, KEYS], dtype)
+        weights = gl.allocate_shared_memory(dtype, [PARTS, ROWS, KEYS], W_LAYOUT)
+        maxima = gl.allocate_shared_memory(gl.float32, [PARTS, ROWS], WORDS)
+        sums = gl.allocate_shared_memory(gl.float32, [PARTS, ROWS], WORDS)
+        told = barriers(6, 1)
     k_ring = Ring(
-        gl.allocate_shared_memory(dtype, [K_STAGES, BLOCK_N, K_COLUMNS], K_LAYOUT),
-        barriers(K_STAGES, ARRIVALS), barriers(K_STAGES, 2), K_STAGES,
+        gl.allocate_shared_memory(dtype, [K_STAGES * SHARE, KEYS, K_COLUMNS], K_LAYOUT),
+        barriers(K_STAGES * SHARE, ARRIVALS), barriers(K_STAGES * SHARE, 2), K_STAGES * SHARE,
     )  # fmt: skip
     v_ring = k_ring
     if not ONE_RING:
         v_ring = Ring(
-            gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, V_COLUMNS], V_LAYOUT),
-            barriers(V_STAGES, ARRIVALS), barriers(V_STAGES, 2), V_STAGES,
+            gl.allocate_shared_memory(dtype, [V_STAGES * SHARE, KEYS, V_COLUMNS], V_LAYOUT),
+            barriers(V_STAGES * SHARE, ARRIVALS), barriers(V_STAGES * SHARE, 1 if LATENT else 2), V_STAGES * SHARE,
         )  # fmt: skip
     memory = Memory(
         q_slots,
@@ -388,6 +399,7 @@ def tiled_kernel(
         barriers(2 * QUERIES, 1),
         k_ring,
         v_ring,
+        weights, maxima, sums, told,
         Ring(
             gl.allocate_shared_memory(gl.int32, [MESSAGES * FIELDS, 1], WORDS),
             barriers(MESSAGES, 1), barriers(MESSAGES, 2), MESSAGES,

@@ -66,7 +66,8 @@ def store(query, memory, call, item, row0, head, o, rest, m, l, c):
         l = gl.where(l == 0.0, 1.0, l)
     o, rest = times(o, rest, 1.0 / l, c)
     if c.STAGED:
-        TILES: gl.constexpr = c.K_CHUNKS * c.K_COLUMNS // c.BLOCK_DV  # of an output tile in a query tile's place
+        # output tiles in a query tile's place; that of LATENT's one query has the two consumers'
+        TILES: gl.constexpr = 1 if c.LATENT else c.K_CHUNKS * c.K_COLUMNS // c.BLOCK_DV
         slots = memory.q_slots
         NUMBER: gl.constexpr = 2 * c.QUERIES * TILES
         places = reinterpret(slots, slots.dtype, [NUMBER, ROWS, c.BLOCK_DV], memory.v_ring.slots.layout)
@@ -79,7 +80,7 @@ def store(query, memory, call, item, row0, head, o, rest, m, l, c):
         fence_async_shared()
         tma_store(call.o_desc, box_at(item, row0, head, item.v_slice * c.BLOCK_DV), place)
     else:
-        DIRECT: gl.constexpr = c.V_SLICES > 1 and not c.LATENT
+        DIRECT: gl.constexpr = c.V_SLICES > 1
         store_columns(call, item, row0, head, o, 0, c.O if DIRECT else output_layout(o.shape[1]), c)
         if c.V_REST > 0:
             store_columns(call, item, row0, head, rest, PANEL, output_layout(c.V_REST), c)

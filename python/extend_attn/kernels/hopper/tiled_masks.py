@@ -81,8 +81,7 @@ def sees(exists, first, row, start, column, item, call, c):
             cut = offset_of(item, call, c)
         stride = item.prefix_len + item.extend_len + cut
         tile = call.custom_mask + gl.load(call.mask_indptr + item.sequence) + first.to(gl.int64) * stride
-        tile += cut + start
-        offset = (row * stride)[:, None] + column[None, :]
+        offset = (row * stride + (cut + start))[:, None] + column[None, :]  # no part of it to be kept between tiles
         told = visible & (token < item.extend_len)[:, None]
         if not c.MASK_PREFIX:
             told = told & (key >= item.prefix_len)[None, :]

@@ -179,23 +179,24 @@ def arrived(kv_indices, slots, c):
 
 
 @gluon.jit
-def load_runs(desc, kv_indices, slots, head, column, barrier, destination, c):
-    """Rows at consecutive slots by TMA, RUN at a time, into a slot of the ring. That is panels of 64 columns, each all
-    rows high: boxes are as wide as it where they are as high, else as wide as a panel."""
+def load_runs(desc, kv_indices, start, head, column, barrier, destination):
+    """Rows from key ``start`` on, at consecutive slots, by TMA, into a slot of the ring. That is panels of 64 columns,
+    each all rows high: boxes are as wide as it where they are as high, else as wide as a panel."""
     COLUMNS: gl.constexpr = destination.shape[1]
-    RUNS: gl.constexpr = c.BLOCK_N // RUN
     PANELS: gl.constexpr = COLUMNS // PANEL
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     mbarrier.arrive(barrier, count=gl.num_warps() * 32 - 1)
-    mbarrier.expect(barrier, c.BLOCK_N * COLUMNS * 2)
-    if desc.block_shape[2] == COLUMNS and RUNS == 1:
-        tma_load(desc, [gl.load(kv_indices + slots.start).to(gl.int32), head, column], barrier, destination)
+    BOX: gl.constexpr = desc.block_shape[0]  # rows
+    BOXES: gl.constexpr = destination.shape[0] // BOX
+    mbarrier.expect(barrier, destination.shape[0] * COLUMNS * 2)
+    if desc.block_shape[2] == COLUMNS and BOXES == 1:
+        tma_load(desc, [gl.load(kv_indices + start).to(gl.int32), head, column], barrier, destination)
     else:
-        boxes = reinterpret(destination, destination.dtype, [PANELS * RUNS, RUN, PANEL], LAYOUT)
-        for run in gl.static_range(RUNS):
-            slot = gl.load(kv_indices + slots.start + run * RUN).to(gl.int32)
+        boxes = reinterpret(destination, destination.dtype, [PANELS * BOXES, BOX, PANEL], LAYOUT)
+        for box in gl.static_range(BOXES):
+            slot = gl.load(kv_indices + start + box * BOX).to(gl.int32)
             for panel in gl.static_range(PANELS):
-                tma_load(desc, [slot, head, column + panel * PANEL], barrier, boxes.index(panel * RUNS + run))
+                tma_load(desc, [slot, head, column + panel * PANEL], barrier, boxes.index(panel * BOXES + box))
 
 
 @gluon.jit
@@ -212,7 +213,7 @@ def gather_keys(sources, head, slots, kv_indices, ring, n, LAYOUT: gl.constexpr,
             at = n * c.K_CHUNKS + chunk
             ring.wait_empty(at)
             column = chunk * c.K_COLUMNS
-            load_runs(sources.k_runs, kv_indices, slots, head, column, ring.filled(at), ring.slot(at), c)
+            load_runs(sources.k_runs, kv_indices, slots.start, head, column, ring.filled(at), ring.slot(at))
     else:
         rows = rows_of(sources.k_pool + head.to(gl.int64) * sources.stride_kg, slots, sources.stride_ks, LAYOUT)
         for chunk in gl.static_range(c.K_CHUNKS):
@@ -229,7 +230,7 @@ def gather_values(sources, item, tiles, t, head, slots, kv_indices, ring, n, LAY
     column = item.v_slice * c.BLOCK_DV
     if c.RUNS and (not c.MASK_PREFIX) and slots.strays == 0:
         ring.wait_empty(n)
-        load_runs(sources.v_runs, kv_indices, slots, head, column, ring.filled(n), ring.slot(n), c)
+        load_runs(sources.v_runs, kv_indices, slots.start, head, column, ring.filled(n), ring.slot(n))
     else:
         rows = rows_of(sources.v_pool + head.to(gl.int64) * sources.stride_vg, slots, sources.stride_vs, LAYOUT)
         exists = rows

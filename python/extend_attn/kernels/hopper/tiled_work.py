@@ -126,6 +126,10 @@ class Memory:
     q_empty: gl.shared_memory_descriptor
     k_ring: Ring
     v_ring: Ring
+    weights: gl.shared_memory_descriptor
+    maxima: gl.shared_memory_descriptor
+    sums: gl.shared_memory_descriptor
+    told: gl.shared_memory_descriptor
     board: Ring
 
 
