@@ -15,7 +15,7 @@ from .legality_hopper import (
     packed_held,
     packed_held_max,
 )
-from .legality_hopper_tiled import ROWS, tiled_blocks
+from .legality_hopper_tiled import ROWS, latent, tiled_blocks, tiled_rows
 from .tile import BLOCK_M_MIN, STAGES_MAX, Plan, Tile
 
 # Families that passed the contract tests on a GPU and were faster there than the plain ones; no other is a default.
@@ -47,6 +47,10 @@ MIN_SPLIT_TILES, TILED_SPLIT_MAX = 16, 16
 # From this many new tokens on hopper_tiled takes two heads of a group over 64 tokens rather than 128 tokens of one:
 # 383 against 390 us for 8192 tokens on an H100, but 143 against 114 for 32 chunks of 512.
 PACK_MIN_LEN_EXTEND = 2048
+# And up to this many, since the second 64 rows would be empty (32 trees of 64 nodes after 2000 tokens, head dim 128:
+# 207 against 378 us), and beside a mask, whose bytes the producer reads for 64 tokens and not for 128 (4,2048 at head
+# dim 256: 558 against 781 us).
+PACK_MAX_LEN_EXTEND = ROWS
 
 
 def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan]:
@@ -103,21 +107,28 @@ def packed_splits(problem: Problem, device: DeviceSpec, programs: int) -> int:
 
 def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     """128 keys a tile where registers hold their logits beside the accumulator; two heads a program if they pair."""
-    tile = Tile(128, 128 if problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 else 64, 8, 2)
-    if problem.head_dim_qk > 256:
+    wide = problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 and not problem.custom_mask
+    tile = Tile(tiled_rows(problem), 128 if wide else 64, 8, 2)
+    if problem.head_dim_qk > 256 and not latent(problem):
         tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
-    pack = problem.group % 2 == 0 and problem.max_len_extend >= PACK_MIN_LEN_EXTEND
+    pack = _pairs(problem)
     split_kv = tiled_splits(problem, device, tile.block_n, pack)
     return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=split_kv > 1, source="heuristic")
+
+
+def _pairs(problem: Problem) -> bool:
+    """Whether a program of hopper_tiled takes two heads of a KV head, and not two blocks of tokens."""
+    fills = PACK_MAX_LEN_EXTEND < problem.max_len_extend < PACK_MIN_LEN_EXTEND and not problem.custom_mask
+    return problem.group % 2 == 0 and not latent(problem) and not fills
 
 
 def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool) -> int:
     """Programs that share the keys of a block of rows: one if blocks fill the GPU, or a window makes them short."""
     if problem.sliding_window > 0:
         return 1
-    tokens = ROWS if pack else 2 * ROWS
+    tokens = ROWS if pack else tiled_rows(problem)
     blocks = -(-problem.max_len_extend // tokens)
-    slices = tiled_blocks(problem)[3]
+    slices = 1 if latent(problem) else tiled_blocks(problem)[3]
     items = max(problem.batch_size, 1) * blocks * slices * problem.num_q_heads // (2 if pack else 1)
     most_tiles = -(-(problem.prefix_hint + problem.max_len_extend) // block_n)
     if items >= FULL_WAVE * device.sm_count or items == 0:
