@@ -15,7 +15,7 @@ from .legality_hopper import (
     packed_held,
     packed_held_max,
 )
-from .legality_hopper_tiled import ROWS, tiled_blocks
+from .legality_hopper_tiled import ROWS, latent, tiled_blocks, tiled_rows
 from .tile import BLOCK_M_MIN, BLOCK_MIN, STAGES_MAX, Plan, Tile
 
 # Families that passed the contract tests on a GPU and were faster there than the plain ones; no other is a default.
@@ -71,9 +71,9 @@ SPLIT_MAX = 64
 MIN_SPLIT_TILES, TILED_SPLIT_MAX = 16, 16
 # From this many new tokens on hopper_tiled takes two heads of a group over 64 tokens rather than 128 tokens of one:
 # 383 against 390 us for 8192 tokens on an H100. So it does up to 64 new tokens, where the other consumer would have
-# none (234 against 379 us for 32 behind 8000, 16 sequences, groups of 4), and for some hundreds, of which the last
-# block of 128 often leaves half unused (19 prompts of 310: 70 us on an H200, 84 with one head). Always
-# above head dim 256.
+# none (234 against 379 us for 32 behind 8000, 16 sequences, groups of 4), for some hundreds, of which the last block of
+# 128 often leaves half unused (19 prompts of 310: 70 us on an H200, 84 with one head), above head dim 256, and beside a
+# mask, whose bytes the producer reads for 64 tokens and not for 128 (4,2048 at head dim 256: 558 against 781 us).
 PAIR_MIN_LEN_EXTEND, PAIR_FROM, PAIR_TO = 2048, 128, 512
 
 
@@ -98,8 +98,8 @@ def _packed_is_faster(problem: Problem, packed: Plan, tiled: Plan, device: Devic
     blocks = _row_blocks(problem, packed)
     if not problem.has_prefix or problem.rows <= PACKED_ROWS_MAX or not _fills(problem, blocks, device):
         return True
-    tokens, heads = (ROWS, 2) if tiled.pack_gqa else (2 * ROWS, 1)
-    slices = tiled_blocks(problem)[3]
+    tokens, heads = (ROWS, 2) if tiled.pack_gqa else (tiled.tile.block_m, 1)
+    slices = 1 if latent(problem) else tiled_blocks(problem)[3]
     return blocks < problem.group // heads * slices * -(-problem.max_len_extend // tokens)
 
 
@@ -191,11 +191,13 @@ def packed_splits(problem: Problem, device: DeviceSpec, programs: int) -> int:
 
 def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     """128 keys a tile where registers hold their logits beside the accumulator; two heads a program if they pair."""
-    wide = problem.head_dim_qk <= 192 and problem.head_dim_v <= 128
-    tile = Tile(128, 128, 8, 2) if wide and not _few_keys(problem) else Tile(128, 64, 8, 3 if wide else 2)
-    if problem.head_dim_qk > 256:
+    wide = problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 and not problem.custom_mask
+    tile = Tile(tiled_rows(problem), 128 if wide else 64, 8, 2)
+    if wide and _few_keys(problem):
+        tile = tile.merged({"block_n": 64, "num_stages": 3})
+    if problem.head_dim_qk > 256 and not latent(problem):
         tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
-    pack = problem.group % 2 == 0 and _pairs(problem)
+    pack = problem.group % 2 == 0 and not latent(problem) and _pairs(problem)
     split_kv = tiled_splits(problem, device, tile.block_n, pack)
     return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=split_kv > 1, source="heuristic")
 
@@ -206,18 +208,20 @@ def _few_keys(problem: Problem) -> bool:
 
 
 def _pairs(problem: Problem) -> bool:
+    """Whether a program of hopper_tiled takes two heads of a KV head, if it can, and not two blocks of tokens."""
     tokens = problem.max_len_extend
-    wide = max(problem.head_dim_qk, problem.head_dim_v) > 256
-    return wide or tokens <= ROWS or PAIR_FROM < tokens <= PAIR_TO or tokens >= PAIR_MIN_LEN_EXTEND
+    if problem.custom_mask or max(problem.head_dim_qk, problem.head_dim_v) > 256:
+        return True
+    return tokens <= ROWS or PAIR_FROM < tokens <= PAIR_TO or tokens >= PAIR_MIN_LEN_EXTEND
 
 
 def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool) -> int:
     """Programs that share the keys of a block of rows: one if blocks fill the GPU, or a window makes them short."""
     if problem.sliding_window > 0:
         return 1
-    tokens = ROWS if pack else 2 * ROWS
+    tokens = ROWS if pack else tiled_rows(problem)
     blocks = -(-problem.max_len_extend // tokens)
-    slices = tiled_blocks(problem)[3]
+    slices = 1 if latent(problem) else tiled_blocks(problem)[3]
     items = max(problem.batch_size, 1) * blocks * slices * problem.num_q_heads // (2 if pack else 1)
     most_tiles = -(-(problem.prefix_hint + problem.max_len_extend) // block_n)
     if items >= FULL_WAVE * device.sm_count or items == 0:

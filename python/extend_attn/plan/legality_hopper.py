@@ -7,7 +7,7 @@ from typing import Callable, Dict, Optional, Tuple
 from ..problem import ELEMENT_SIZE, Problem
 from .blocks import next_power_of_2
 from .device import DeviceSpec
-from .legality_hopper_tiled import tiled_illegal, tiled_shared_memory
+from .legality_hopper_tiled import tiled_illegal, tiled_shared_memory, v_is_k
 from .tile import Plan, Tile
 
 GLUON_TRITON = (3, 6)  # the first whose Gluon has warp specialisation with registers for each partition
@@ -19,7 +19,7 @@ PACKED_ROWS_MAX = 64
 # Registers of accumulator, logits, weights and sums that leave a consumer enough for the rest: of 160 with room for two
 # programs a multiprocessor, of 200 to 240, and of 160 where four warpgroups share the registers.
 HELD_OF_TWO, HELD_MAX, HELD_MAX_CROWDED = 80, 176, 112
-BARRIERS = 1024  # bytes: mbarriers and what warp specialisation keeps in shared memory
+BARRIERS = 2560  # bytes: mbarriers, what warp specialisation keeps in shared memory, sums across warps
 
 
 def packed_blocks(problem: Problem) -> Tuple[int, int]:
@@ -64,12 +64,6 @@ def _no_gluon(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]
     if plan.tma:
         return f"tma: a flag of the plain tiled family; {family} loads as it must"
     return None
-
-
-def v_is_k(problem: Problem) -> bool:
-    """Whether every V row lies in its K row, so that one read serves both (absorbed MLA)."""
-    pool = problem.v_aliases_k_pool or not problem.has_pool
-    return pool and (problem.unified or problem.v_aliases_k_new)
 
 
 def is_fp8(problem: Problem) -> bool:

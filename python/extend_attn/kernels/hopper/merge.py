@@ -20,11 +20,10 @@ HANDED_OVER = gl.constexpr(1)
 ARRIVAL = gl.constexpr(2)
 EPOCH = gl.constexpr(1 << 16)
 
-# Parts read at once, and elements of a slice for each four warps: all loads of a step are in flight together, 16 to
-# 64 a thread. Few parts leave much to each program, many leave little.
-FEW, SOME = gl.constexpr(4), gl.constexpr(8)
-MANY = gl.constexpr(16)
-FEW_ELEMENTS, SOME_ELEMENTS, MANY_ELEMENTS = gl.constexpr(512), gl.constexpr(256), gl.constexpr(128)
+# (Parts read at once, elements of a slice for each four warps): all loads of a step are in flight together, 16 to 64 a
+# thread. Few parts leave much to each program, many leave little.
+FEW, SOME, MANY, MOST = gl.constexpr(4), gl.constexpr(8), gl.constexpr(16), gl.constexpr(64)
+OF_FEW, OF_SOME, OF_MANY, OF_MOST = gl.constexpr(2048), gl.constexpr(512), gl.constexpr(128), gl.constexpr(64)
 
 
 @gluon.jit
@@ -62,15 +61,17 @@ def finish_pair(call, work, shape, acc, m_i, l_i, pair, part, parts, patience):
             rows = gl.minimum(work.extend_len * shape.GROUP - work.row_first, shape.BLOCK_M)
             if shape.EVEN:  # half as many elements: registers also hold where the program goes on
                 if parts <= FEW:
-                    _merge(call, work, shape, first, parts, rows, begin, step, FEW, FEW_ELEMENTS // 2)
+                    _merge(call, work, shape, first, parts, rows, begin, step, FEW, OF_FEW // 2)
                 else:
-                    _merge(call, work, shape, first, parts, rows, begin, step, SOME, SOME_ELEMENTS)
+                    _merge(call, work, shape, first, parts, rows, begin, step, SOME, OF_SOME)
             elif parts <= FEW:
-                _merge(call, work, shape, first, parts, rows, begin, step, FEW, FEW_ELEMENTS)
-            elif rows * shape.BLOCK_D >= parts * (SOME_ELEMENTS * (shape.WARPS // 4)):
-                _merge(call, work, shape, first, parts, rows, begin, step, SOME, SOME_ELEMENTS)
+                _merge(call, work, shape, first, parts, rows, begin, step, FEW, OF_FEW)
+            elif rows * shape.BLOCK_D >= parts * (OF_SOME * (shape.WARPS // 4)):
+                _merge(call, work, shape, first, parts, rows, begin, step, SOME, OF_SOME)
+            elif parts <= MANY:
+                _merge(call, work, shape, first, parts, rows, begin, step, MANY, OF_MANY)
             else:
-                _merge(call, work, shape, first, parts, rows, begin, step, MANY, MANY_ELEMENTS)
+                _merge(call, work, shape, first, parts, rows, begin, step, MOST, OF_MOST)
 
 
 @gluon.jit
@@ -85,11 +86,15 @@ def slot_of(shape, first, part):
 
 @constexpr_function
 def _layout(PARTS, ROWS, COLUMNS, WARPS):
-    """[parts, rows, columns] with a thread's parts its own."""
-    wide = max(1, min(4, ROWS * COLUMNS // (32 * WARPS)))
+    """[parts, rows, columns] with up to 16 parts a thread: only more of them are summed across warps."""
+    deep = max(1, PARTS // 16)
+    left = WARPS // deep
+    wide = max(1, min(4, ROWS * COLUMNS // (32 * left)))
     lanes = min(32, COLUMNS // wide)
-    across = min(WARPS, COLUMNS // (wide * lanes))
-    return gl.BlockedLayout([PARTS, 1, wide], [1, 32 // lanes, lanes], [1, WARPS // across, across], [2, 1, 0])
+    across = min(left, COLUMNS // (wide * lanes))
+    return gl.BlockedLayout(
+        [PARTS // deep, 1, wide], [1, 32 // lanes, lanes], [deep, left // across, across], [2, 1, 0]
+    )  # fmt: skip
 
 
 @gluon.jit
