@@ -15,7 +15,7 @@ from .legality_hopper import (
     packed_held,
     packed_held_max,
 )
-from .legality_hopper_tiled import ROWS, latent, tiled_blocks, tiled_rows
+from .legality_hopper_tiled import ROWS, latent, tiled_blocks, tiled_rows, v_is_k
 from .tile import BLOCK_M_MIN, BLOCK_MIN, STAGES_MAX, Plan, Tile
 
 # Families that passed the contract tests on a GPU and were faster there than the plain ones; no other is a default.
@@ -28,23 +28,25 @@ CROSSOVER_MAX_LEN_EXTEND = 64
 # new ones, head dim 128, on an H100: 171 us, hopper_tiled 251, hopper_packed 345.
 PLAIN_GROUP, PLAIN_ROWS_MAX, PLAIN_HEAD_DIM_MAX = 8, 256, 256
 # Where programs fill the GPU, for narrow heads half as often again, the plain packed family is faster, too: tiles of 64
-# keys and head dim 64 pass too fast for the ring (67 sequences of 3387 tokens, 15 new ones: 237 us on an H200, 266; 100
-# of 131, 54 new ones: 51 and 98), and so do a few fp8 keys (78 of 34: 16.5 and 22.5).
-NARROW_HEAD_DIM, NARROW_WAVES, PLAIN_FP8_KEYS, PLAIN_FP8_TOKENS = 64, 1.5, 128, 16
+# keys and head dim 64 pass too fast for the ring, measured with groups of one (67 sequences of 3387 tokens, 15 new
+# ones: 237 us on an H200, 266; 100 of 131, 54 new ones: 51 and 98), and so do a few fp8 keys (78 of 34: 16.5 and 22.5).
+NARROW_HEAD_DIM, NARROW_GROUP, NARROW_WAVES, PLAIN_FP8_KEYS = 64, 1, 1.5, 128
+FEW_TOKENS = 16
 PACKED_BLOCK_N = 64
 # fp8 codes are converted a tile at a time: wider tiles of small heads wait less often (64 sequences of 4000 tokens at
 # head dim 128: 230 us on an H100, 267 with 64 keys), where a sequence has more than SHORT keys (78 of 34: 22.5 us on an
 # H200 with 64 keys a tile, 29.9 with 128).
 PACKED_BLOCK_N_FP8 = 128
 SHORT = 256
-# Above head dim 256 a block of half as many rows is faster, though keys are read twice, where they or the programs are
-# few: 33 sequences of 188 tokens and 48 rows take 19.4 us on an H200 with 32 rows a block, 25.7 with 64; 4 of 670 take
-# 16.4 and 22.4. Shares of keys may be half as long there, too: 2 of 1369 take 8.7 us in 16 splits, 10.4 in 8.
+# Above head dim 256 a block of half as many rows is faster, though keys are read twice, where they are few, or they and
+# the programs: 33 sequences of 188 tokens and 48 rows take 19.4 us on an H200 with 32 rows a block, 25.7 with 64; 4
+# of 670 take 16.4 and 22.4; 2 of 1542 take 23.6 and, in as many splits, 32.2. Latent keys were not measured so. Shares
+# of keys may be half as long there, too: 2 of 1369 take 8.7 us in 16 splits, 10.4 in 8.
 LARGE_HEAD_DIM, HALF_BLOCK_KEYS, HALF_BLOCK_PROGRAMS = 256, 1024, 0.25
 # Of a ring where two programs share a multiprocessor: three tiles of 64 keys at head dim 256. And where there is no
 # more than one wave of programs: room for a second one would let a dependent launch pile its programs up on what is
-# free. It is as good at head dim 256 for more programs of more than a few keys: 76 sequences of 1023 tokens take 85 us
-# on an H200 so, 92 with the small ring.
+# free. It is as good at head dim 256 for more programs, measured under windows of more than a few keys: 76 sequences of
+# 1023 tokens take 85 us on an H200 so, 92 with the small ring.
 RING_BYTES, RING_BYTES_OF_A_WAVE = 96 * 1024, 192 * 1024
 DEEP_HEAD_DIM, DEEP_KEYS = 256, 512
 STAGES_MIN = 3
@@ -71,10 +73,11 @@ SPLIT_MAX = 64
 MIN_SPLIT_TILES, TILED_SPLIT_MAX = 16, 16
 # From this many new tokens on hopper_tiled takes two heads of a group over 64 tokens rather than 128 tokens of one:
 # 383 against 390 us for 8192 tokens on an H100. So it does up to 64 new tokens, where the other consumer would have
-# none (234 against 379 us for 32 behind 8000, 16 sequences, groups of 4), for some hundreds, of which the last block of
-# 128 often leaves half unused (19 prompts of 310: 70 us on an H200, 84 with one head), above head dim 256, and beside a
-# mask, whose bytes the producer reads for 64 tokens and not for 128 (4,2048 at head dim 256: 558 against 781 us).
-PAIR_MIN_LEN_EXTEND, PAIR_FROM, PAIR_TO = 2048, 128, 512
+# none (234 against 379 us for 32 behind 8000, 16 sequences, groups of 4), up to 256, of which the second block of 128
+# often leaves half unused (96 prompts of 131: 74 us on an H200, 93 with one head; but 32 chunks of 512 take 143 and 114
+# on an H100), above head dim 256 (9 chunks of 163: 37 and 54), and beside a mask, whose bytes the producer reads for 64
+# tokens and not for 128 (4,2048 at head dim 256: 558 against 781 us).
+PAIR_MIN_LEN_EXTEND, PAIR_FROM, PAIR_TO = 2048, 128, 256
 
 
 def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan]:
@@ -94,9 +97,14 @@ def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan
 
 def _packed_is_faster(problem: Problem, packed: Plan, tiled: Plan, device: DeviceSpec) -> bool:
     """Whether hopper_packed goes before hopper_tiled: rows of a sequence and KV head fit one block, or its blocks leave
-    multiprocessors to splits, or it reads the keys less often, or there are none to read but the new ones."""
+    multiprocessors to splits, or it reads the keys less often, or there are none to read but the new ones.
+
+    A few tokens without a prefix under a window, which serving does not ask for, run on the prompt's kernel (3 us more)
+    rather than on one of their own."""
+    if not problem.has_prefix:
+        return problem.sliding_window <= 0 or problem.max_len_extend > FEW_TOKENS
     blocks = _row_blocks(problem, packed)
-    if not problem.has_prefix or problem.rows <= PACKED_ROWS_MAX or not _fills(problem, blocks, device):
+    if problem.rows <= PACKED_ROWS_MAX or not _fills(problem, blocks, device):
         return True
     tokens, heads = (ROWS, 2) if tiled.pack_gqa else (tiled.tile.block_m, 1)
     slices = 1 if latent(problem) else tiled_blocks(problem)[3]
@@ -108,9 +116,9 @@ def _plain_is_faster(problem: Problem, packed: Plan, device: DeviceSpec) -> bool
     if not _fills(problem, blocks, device):
         return False
     head_dim, rows = max(problem.head_dim_qk, problem.head_dim_v), problem.rows
-    if is_fp8(problem) and problem.prefix_hint <= PLAIN_FP8_KEYS and problem.max_len_extend <= PLAIN_FP8_TOKENS:
+    if is_fp8(problem) and problem.prefix_hint <= PLAIN_FP8_KEYS and problem.max_len_extend <= FEW_TOKENS:
         return True
-    if head_dim <= NARROW_HEAD_DIM and BLOCK_M_MIN < rows <= PACKED_ROWS_MAX:
+    if head_dim <= NARROW_HEAD_DIM and problem.group == NARROW_GROUP and BLOCK_M_MIN < rows <= PACKED_ROWS_MAX:
         return _fills(problem, blocks, device, NARROW_WAVES)
     tall = 2 * PACKED_ROWS_MAX < rows <= PLAIN_ROWS_MAX and problem.group == PLAIN_GROUP
     return tall and problem.has_prefix and head_dim <= PLAIN_HEAD_DIM_MAX
@@ -131,9 +139,9 @@ def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
     fp8, keys = is_fp8(problem), problem.prefix_hint
     block_n = PACKED_BLOCK_N_FP8 if fp8 and block_d <= 128 and keys > SHORT else PACKED_BLOCK_N
     tile = Tile(min(max(BLOCK_M_MIN, bucket(problem.rows)), PACKED_ROWS_MAX), block_n, 4, 2)
-    if problem.head_dim_qk > LARGE_HEAD_DIM and problem.has_prefix and tile.block_m > BLOCK_MIN:
+    if problem.head_dim_qk > LARGE_HEAD_DIM and problem.has_prefix and tile.block_m > BLOCK_MIN and not v_is_k(problem):
         few = not _fills(problem, -(-problem.rows // tile.block_m), device, HALF_BLOCK_PROGRAMS)
-        if few or keys <= HALF_BLOCK_KEYS:
+        if keys <= (2 * HALF_BLOCK_KEYS if few else HALF_BLOCK_KEYS):
             tile = tile.merged({"block_m": tile.block_m // 2})
     while packed_held(problem, tile) > packed_held_max(problem, tile):  # a second warpgroup, then fewer rows
         tile = tile.merged({"num_warps": 8} if tile.num_warps == 4 else {"block_m": tile.block_m // 2, "num_warps": 4})
@@ -141,7 +149,8 @@ def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
     split_kv = packed_splits(problem, device, programs)
     one_wave = problem.has_prefix and not fp8 and programs * split_kv <= device.sm_count
     even = split_kv == 1 and _even(problem, one_wave, programs > device.sm_count)
-    deep = one_wave or (problem.has_prefix and not fp8 and block_d == DEEP_HEAD_DIM and keys >= DEEP_KEYS)
+    windowed = problem.has_prefix and problem.sliding_window > 0 and keys >= DEEP_KEYS
+    deep = one_wave or (windowed and not fp8 and block_d == DEEP_HEAD_DIM)
     tile = tile.merged({"num_stages": _stages(problem, tile, deep, device)})
     shares = device.sm_count if even else 0
     return Plan("hopper_packed", tile, split_kv=split_kv, programs=shares, pdl=True, source="heuristic")
