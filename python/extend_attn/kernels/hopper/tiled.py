@@ -27,7 +27,7 @@ from .tiled_latent import BOX, PARTS, consume_latent, produce_latent
 from .tiled_masks import ALL, BOTH, END, NEW, NONE, POOL, SOME, before_end, hide, seen
 from .tiled_producer import Sources, produce
 from .tiled_schedule import FIELDS, MESSAGES, receive
-from .tiled_softmax import logits, scales, temperature_of, weigh
+from .tiled_softmax import logits, no_sums, row_sums, scales, temperature_of, weigh
 from .tiled_work import ROWS, Call, Memory, Shape, key_place, place_of, tiles_of, value_place
 
 
@@ -126,8 +126,7 @@ def begin(seat, memory, call, item, tiles, place, temperature, c):
     s = logits(s, scale, temperature, call, True, c)
     s = gl.where(seen(t, tiles, place, item, call, KEYS, c), s, float("-inf"))
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
-    l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
-    w, alpha, m, l = weigh(s, m, l, scale, True, c)
+    w, alpha, m, l = weigh(s, m, no_sums(c), scale, True, c)
     if c.V_SCALED and (c.UNIFIED or KEYS == BOTH):
         w = w * v_scale
     p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
@@ -226,7 +225,7 @@ def attend(WHO: gl.constexpr, memory, call, item, tiles, row0, n, number, c):
     o_acc = start_products(memory, state, values, c)
     o, used = warpgroup_mma_wait(0, [o_acc, state.p])
     memory.v_ring.release(values)
-    return o, state.m, state.l
+    return o, state.m, row_sums(state.l, c)
 
 
 @gluon.jit
