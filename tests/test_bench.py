@@ -179,10 +179,12 @@ def test_each_row_that_is_refused_has_a_reason():
 
 
 @pytest.mark.parametrize(
-    "name, said", [("sglang-tuned", "sglang"), ("fa3", "FlashAttention"), ("flashinfer-fa2", "flashinfer")]
+    "name, said",
+    [("sglang-tuned", "sglang"), ("fa3", "FlashAttention"), ("flashinfer-fa2", "flashinfer"), ("vllm-triton", "vllm"),
+     ("fa4", "flash-attn-4")],
 )
 def test_absent_peers_are_skipped_with_the_reason(name, said, monkeypatch):
-    for module in ("sglang", "flash_attn_interface", "vllm", "flashinfer"):
+    for module in ("sglang", "flash_attn_interface", "flash_attn", "vllm", "flashinfer"):
         monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
     monkeypatch.setattr("extend_attn.bench.providers.flash_attention.find_spec", lambda _: None)
     monkeypatch.delenv("EXTEND_ATTN_BENCH_FA3", raising=False)

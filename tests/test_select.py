@@ -23,8 +23,8 @@ from extend_attn.plan import (
     step_down,
     sweep12,
 )
-from extend_attn.plan.candidates import shrinking
-from extend_attn.plan.heuristics import MIN_SPLIT_KEYS, SPLIT_MAX, heuristic
+from extend_attn.plan.candidates import fitting, shrinking
+from extend_attn.plan.heuristics import MIN_SPLIT_KEYS, SPLIT_MAX, heuristic, plain_family
 from extend_attn.plan.select import forget
 from extend_attn.problem import Problem
 
@@ -84,12 +84,20 @@ def test_stepping_down_ends_and_shrinks(arch):
             if smaller is None:
                 break
             assert illegal(problem, smaller, device) is None
-            assert shared_memory_bytes(problem, smaller, device) < shared_memory_bytes(problem, plan, device)
-            assert (smaller.family, smaller.split_kv) == (plan.family, plan.split_kv)
+            if smaller.family == plan.family:
+                assert shared_memory_bytes(problem, smaller, device) < shared_memory_bytes(problem, plan, device)
+                assert smaller.split_kv == plan.split_kv
+            else:  # the last of a Hopper family
+                least = {"hopper_tiled": (128, 64), "hopper_packed": (16, 64)}[plan.family]
+                assert (max(16, plan.tile.block_m), plan.tile.block_n) == least and plan.tile.num_stages <= 2
+                assert smaller == fitting(problem, heuristic(problem, device, plain_family(problem)), device)
             plan, steps = smaller, steps + 1
-        assert steps < 20
-        least = {"hopper_tiled": (128, 64), "hopper_packed": (16, 64)}.get(plan.family, (16, 16))
-        assert illegal(problem, plan, device) or (max(16, plan.tile.block_m), plan.tile.block_n) == least
+        assert steps < 20 and not plan.hopper
+        assert illegal(problem, plan, device) or (plan.tile.block_m, plan.tile.block_n) == (16, 16)
+
+
+def test_what_is_explained_for_a_hopper_family_has_its_rows():
+    assert all(p.tile.block_m == 128 for p in shrinking(PREFILL, heuristic(PREFILL, H200, "hopper_tiled"), H200))
 
 
 def test_shrinking_gives_up_stages_then_keys_then_rows_then_the_pipeline():

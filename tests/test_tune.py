@@ -12,11 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from extend_attn.attention import prepare
+from extend_attn.bench.data import make_batch
+from extend_attn.bench.problems import MORE, PUBLISHED
 from extend_attn.bench.providers.base import Skip
+from extend_attn.bench.tuning import crossover
 from extend_attn.bench.tuning import evaluate as evaluation
 from extend_attn.bench.tuning import tune as tuning
 from extend_attn.bench.tuning.posed import lengths_of, pose
-from extend_attn.bench.tuning.sweep import swept
+from extend_attn.bench.tuning.sweep import FAR_BEHIND, defaults, steps
 from extend_attn.bench.tuning.tune import Limits, best_of, tune
 from extend_attn.cli import tune as command
 from extend_attn.plan import DeviceSpec, Plan, Tile, illegal, select
@@ -82,16 +86,24 @@ def test_nothing_to_compute_is_skipped():
 def test_sweeps_hold_the_choice_and_nothing_illegal(arch):
     device = DeviceSpec.preset(arch)
     for _, drawn in evaluation.draw(24, seed=3):
-        legal, others = swept(drawn, device)
+        legal, others = defaults(drawn, device)
         assert legal[0] == select(drawn, device)
-        assert len(legal) == len(set(legal)) >= 6
-        assert all(illegal(drawn, plan, device) is None for plan in legal)
+        assert select(drawn, device, plan="heuristic") in legal
+        further = steps(drawn, device, [(plan, 10.0) for plan in legal])
+        assert len(legal) + len(further) == len({*legal, *further}) >= 6
+        assert all(illegal(drawn, plan, device) is None for plan in (*legal, *further))
         assert all(reason for _, reason in others)
-        heuristic_too = select(drawn, device, plan="heuristic")
-        assert heuristic_too in legal
         if drawn.max_len_extend <= 16:
             assert {plan.packed for plan in legal} == {True, False}
         assert heuristic(drawn, device).family in {plan.family for plan in legal} or arch != "sm_90"
+
+
+def test_a_family_that_is_far_behind_is_not_stepped_around():
+    legal, _ = defaults(problem(dtype="bfloat16"), H100)
+    first = {"hopper_packed": 10.0, "tiled": 9.9 * FAR_BEHIND, "packed": 10.1 * FAR_BEHIND}
+    found = steps(problem(dtype="bfloat16"), H100, [(plan, first.get(plan.family)) for plan in legal])
+    assert {plan.family for plan in found} == {"hopper_packed", "tiled"}
+    assert not set(found) & set(legal)
 
 
 # -- the worker
@@ -171,15 +183,26 @@ def measured(table):
 
 
 def test_the_fastest_right_plan_becomes_a_row_with_its_provenance(answers, tmp_path):
-    legal, _ = swept(problem(), H100)
-    answers.times = {legal[2]: 7.5, legal[3]: "wrong result: max error 1", legal[4]: "no answer within 60 s; killed"}
+    legal, _ = defaults(problem(), H100)
+    legal += steps(problem(), H100, [(plan, 50.0) for plan in legal])
+    answers.times = {legal[2]: 40.0, legal[1]: "wrong result: max error 1", legal[3]: "no answer within 60 s; killed"}
     table = tmp_path / "table.json"
     assert tune([problem()], "cuda", Limits(), table=str(table), command="tune --it") == 1  # a result was wrong
     row = measured(table)[problem()]
-    assert row.plan == legal[2] and row.us == 7.5
+    assert row.plan == legal[2] and row.us == 40.0
     assert (row.device, row.sm_count, row.triton, row.command) == (H100.name, 132, "3.6.0", "tune --it")
     assert load(str(table)).arch == "sm_90" and row.date.count("-") == 2
     assert best_of([tuning.Trial(GOOD, None, "why")]) is None
+
+
+@pytest.mark.parametrize("us, wins", [(49.5, False), (48.0, True)])
+def test_a_plan_must_beat_the_heuristic_by_more_than_chance(answers, tmp_path, us, wins):
+    own, other = defaults(problem(), H100)[0][:2]
+    answers.times = {other: us}
+    table = tmp_path / "table.json"
+    assert tune([problem()], "cuda", Limits(), table=str(table), command="") == 0
+    row = measured(table)[problem()]
+    assert (row.plan, row.us) == ((other, us) if wins else (own, 50.0))
 
 
 def test_a_run_goes_on_where_it_ended(answers, tmp_path):
@@ -201,18 +224,27 @@ def test_a_spent_budget_begins_nothing(answers, tmp_path, capsys):
 
 
 def test_a_problem_without_a_plan_fails(answers, tmp_path):
-    answers.times = dict.fromkeys(swept(problem(), H100)[0], "OutOfResources")
+    answers.times = dict.fromkeys(defaults(problem(), H100)[0], "OutOfResources")
     assert tune([problem()], "cuda", Limits(), table=str(tmp_path / "t.json"), command="") == 1
 
 
 def test_compiling_beforehand_asks_for_each_kernel_once(monkeypatch, answers):
     tasks = []
     monkeypatch.setattr(tuning, "compile_all", lambda wanted, *arguments, **options: tasks.extend(wanted))
+    plans = defaults(problem(), H100)[0]
     with tuning.Tuner("cuda", Limits()) as tuner:
-        one = tuner.compile([problem()])
+        one = tuner.compile([(problem(), plans)])
         tasks.clear()
-        assert tuner.compile([problem(), problem(num_kv_indices=61), problem(num_tokens=11)]) == one == len(tasks)
-        assert tuner.compile([problem(), problem(sinks=True)]) == 2 * one
+        alike = [problem(), problem(num_kv_indices=61), problem(num_tokens=11)]
+        assert tuner.compile((p, plans) for p in alike) == one == len(tasks)
+        assert tuner.compile((p, plans) for p in (problem(), problem(sinks=True))) == 2 * one
+
+
+def test_a_budget_of_nothing_compiles_and_measures_nothing(monkeypatch, answers, capsys):
+    tasks = []
+    monkeypatch.setattr(tuning, "compile_all", lambda wanted, *arguments, **options: tasks.extend(wanted))
+    assert evaluation.evaluate(6, 0, "cuda", Limits(budget=0.0)) == 0
+    assert tasks and not answers.asked and "6 left" in capsys.readouterr().err
 
 
 # -- the evaluation
@@ -230,16 +262,19 @@ def test_draws_repeat_and_come_from_few_classes():
 
 def test_the_share_within_the_tolerance(answers, tmp_path, capsys):
     """Half of the problems have a plan that is twice as fast as the choice."""
-    drawn = evaluation.draw(6, seed=0)
-    for _, p in drawn[:3]:
-        answers.times[swept(p, H100)[0][-1]] = 25.0
-    slow = sum(answers.times.get(plan, 50.0) == 25.0 for _, p in drawn for plan in swept(p, H100)[0][:1])
-    hit = sum(any(plan in answers.times for plan in swept(p, H100)[0][1:]) for _, p in drawn)
+    drawn = [p for _, p in evaluation.draw(6, seed=0)]
+    plans = {p: defaults(p, H100)[0] for p in drawn}
+    for p in drawn:
+        plans[p] = [*plans[p], *steps(p, H100, [(plan, 50.0) for plan in plans[p]])]
+    for p in drawn[:3]:
+        answers.times[plans[p][-1]] = 25.0
+    assert not any(plans[p][0] in answers.times for p in drawn)
+    hit = sum(any(plan in answers.times for plan in plans[p]) for p in drawn)
     out = tmp_path / "lines.jsonl"
     assert evaluation.evaluate(6, 0, "cuda", Limits(), str(out)) == 0
     said = capsys.readouterr().out
     line = next(line for line in said.splitlines() if line.startswith("all"))
-    assert slow == 0 and 0 < hit <= 6 and f"{100 * (6 - hit) / 6:.1f} %" in line
+    assert 0 < hit <= 6 and f"{100 * (6 - hit) / 6:.1f} %" in line
     answers.asked.clear()
     evaluation.evaluate(6, 0, "cuda", Limits(), str(out))  # goes on from what is there
     assert not answers.asked and capsys.readouterr().out == said
@@ -248,6 +283,37 @@ def test_the_share_within_the_tolerance(answers, tmp_path, capsys):
 
 def test_the_tolerance_is_a_tenth():
     assert evaluation.share([1.0, 1.1, 1.11, 3.0]) == "50.0 %"
+
+
+# -- the crossover
+
+
+def test_the_crossover_holds_every_family_to_each_shape(answers, tmp_path, capsys):
+    answers.times = {plan: 20.0 for p in crossover.grid() for plan in defaults(p, H100)[0] if plan.family == "tiled"}
+    out = tmp_path / "crossover.json"
+    assert crossover.crossover("cuda", Limits(), str(out)) == 0
+    data = json.loads(out.read_text())
+    assert data["device"] == H100.name and len(data["us"]) == len(crossover.grid())
+    one = next(line for line in data["us"] if line["head_dim"] == 256 and line["new"] == 24 and line["prefix"])
+    assert (one["hopper_packed"], one["hopper_tiled"], one["tiled"]) == (50.0, 50.0, 20.0)
+    assert "tiled 20.0 2.50" in capsys.readouterr().out
+
+
+RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results" / "tuning"
+
+
+def test_the_heuristics_follow_the_measured_crossover():
+    """Of the shapes that were measured, 95 % get a family that takes at most a tenth longer than the best."""
+    data = json.loads((RESULTS / "2026-11-25-h100-crossover.json").read_text())
+    measured = {tuple(line[name] for name in crossover.SHAPE): line for line in data["us"]}
+    ratios = []
+    for p in crossover.grid():
+        line = measured[crossover.shape_of(p)]
+        times = {name: line[name] for name in crossover.COLUMNS if line.get(name)}
+        chosen = select(p, H100, plan="heuristic")
+        ratios.append(times[crossover.column(chosen)] / min(times.values()))
+    assert len(ratios) == len(data["us"]) and max(ratios) < 1.25
+    assert sum(ratio <= 1.1 for ratio in ratios) >= 0.95 * len(ratios)
 
 
 # -- the command line
@@ -268,6 +334,16 @@ def test_problems_from_files_flags_and_models(tmp_path):
     one.write_text(json.dumps(problem().to_json()))
     args = parser.parse_args(["--problem", str(one), "--batch-size", "7"])
     assert command.problems_from(args, parser) == [problem(batch_size=7)]
+
+
+def test_rows_of_the_bench_are_the_problems_of_their_calls():
+    parser = command._parser()
+    found = command.problems_from(parser.parse_args(["--rows", "mla_verify,tree16,fp8_decode64,verify_chat"]), parser)
+    assert [p.num_q_heads for p in found] == [16, 8, 32, 8]
+    for row in MORE + PUBLISHED:
+        row = dataclasses.replace(row, batch=2, prefix=row.prefix and 9, new_tokens=min(row.new_tokens, 4), page=1)
+        batch = make_batch(row, CPU, num_sets=1)
+        assert prepare(*batch.arguments(0), sliding_window_size=batch.window)[1] == row.problem(), row
 
 
 @pytest.mark.parametrize("wrong", [["--model", "head_dim"], ["--model", "heads=3"], ["--problems", "/nowhere"], []])

@@ -80,6 +80,21 @@ class Batch:
         one = self.sets[index]
         return [one.k_pool[one.all_slots], one.v_pool[one.all_slots]]
 
+    def pages(self, index: int, size: int) -> List[torch.Tensor]:
+        """Keys and values of one set in pages ``[pages, size, Hkv, D]`` in random order, and their table ``[B, n]``."""
+        row = self.row
+        length = row.prefix + row.new_tokens
+        each = -(-length // size)
+        order = torch.randperm(row.batch * each, device=self.device)
+        stored: List[torch.Tensor] = []
+        for rows in self.gathered(index):
+            padded = rows.new_zeros(row.batch, each * size, row.num_kv_heads, row.head_dim)
+            padded[:, :length] = rows
+            cache = torch.empty_like(padded).view(row.batch * each, size, row.num_kv_heads, row.head_dim)
+            cache[order] = padded.view_as(cache)
+            stored.append(cache)
+        return [*stored, order.view(row.batch, each).to(torch.int32)]
+
 
 def make_batch(row: Row, device: torch.device, *, num_sets: Optional[int] = None, seed: int = 0) -> Batch:
     """Random tensors for a row; enough sets that a rotation over them leaves nothing warm in the L2."""

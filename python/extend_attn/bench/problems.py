@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
+from ..problem import Problem
+
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 POOL_BYTES = {**ITEM_BYTES, "float8_e4m3fn": 1, "float8_e5m2": 1}
 SPREAD = 37  # coprime to the batch sizes in use: a ragged batch's lengths come in no order
@@ -115,6 +117,16 @@ class Row:
     def flops(self) -> int:
         """Operations of one call over visible pairs alone: two products, a multiply and an add each."""
         return 2 * (self.head_dim + self.head_dim_v) * self.num_q_heads * self.visible_pairs
+
+    def problem(self) -> Problem:
+        """What the library's call of this row asks for."""
+        return Problem(
+            dtype=self.dtype, kv_dtype=self.kv_dtype, head_dim_qk=self.head_dim, head_dim_v=self.head_dim_v,
+            num_q_heads=self.num_q_heads, num_kv_heads=self.num_kv_heads, batch_size=self.batch,
+            num_tokens=self.num_tokens, max_len_extend=self.new_tokens, num_kv_indices=sum(self.prefixes),
+            sliding_window=self.window, custom_mask=self.tree, v_aliases_k_pool=self.latent_v > 0,
+            v_aliases_k_new=self.latent_v > 0,
+        )  # fmt: skip
 
     def to_json(self) -> dict:
         return asdict(self)

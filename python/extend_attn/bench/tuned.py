@@ -9,17 +9,23 @@ from typing import Any, Dict, List
 from .results import write_json
 
 SCHEMA = 1  # of the tables, see extend_attn.plan
+# A plan that beats the heuristic's own by less than this does not replace it: so much, the order of measuring decides.
+MARGIN = 1.02
 
 
 def winners(measured: List[Dict[str, Any]], data: Dict[str, Any], sm_count: int) -> List[Dict[str, Any]]:
-    """A table row for the fastest plan of each problem.
+    """A table row for the fastest plan of each problem, which is the heuristic's own unless another beats it by MARGIN.
 
     measured: ``{problem, plan, us_graph}`` of each measurement; data: the run's results file, for device and date.
     """
     fastest: Dict[str, Dict[str, Any]] = {}
+
+    def handicapped(one: Dict[str, Any]) -> float:
+        return one["us_graph"] / (MARGIN if one["plan"].get("source") == "heuristic" else 1.0)
+
     for one in measured:
         key = json.dumps(one["problem"], sort_keys=True)
-        if key not in fastest or one["us_graph"] < fastest[key]["us_graph"]:
+        if key not in fastest or handicapped(one) < handicapped(fastest[key]):
             fastest[key] = one
     return [
         {

@@ -12,6 +12,8 @@ import shlex
 import sys
 from typing import Any, Dict, List, Optional
 
+from extend_attn.bench.problems import rows_named
+from extend_attn.bench.tuning.crossover import crossover
 from extend_attn.bench.tuning.evaluate import evaluate
 from extend_attn.bench.tuning.tune import Limits, tune
 from extend_attn.plan.tables import USER_FILE, user_folder, user_table_path
@@ -25,6 +27,7 @@ examples:
   tune --problems layers.json --budget 600     a list of problems; again after the budget is spent: the ones left
   tune --model head_dim=256,num_q_heads=8,num_kv_heads=4,batch_sizes=1:32,max_len_extend=1:4:8192
                                                the problems of Problem.for_model with these arguments
+  tune --rows all --table sm_90.json           the bench's rows: how the packaged table is made
   tune --evaluate 200 --seed 1                 random problems: how close the choice comes to the best of a sweep
 """
 
@@ -38,17 +41,19 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--problem", metavar="FILE", help="a Problem as JSON; - reads stdin; flags change its fields")
     what.add_argument("--problems", metavar="FILE", action="append", default=[], help="a JSON list (repeatable)")
     what.add_argument("--model", metavar="NAME=VALUE,...", help="arguments of Problem.for_model; lists as 1:4:8192")
-    what.add_argument("--evaluate", metavar="N", type=int, help="N random problems; writes no table")
+    what.add_argument("--rows", help="rows of the attention bench: names, published or all, by commas")
+    what.add_argument("--evaluate", metavar="N", type=int, help="sweep N random problems")
+    what.add_argument("--crossover", action="store_true", help="families compared from 8 to 64 new tokens")
     what.add_argument("--seed", type=int, default=0, help="of the random problems (default 0)")
     how = parser.add_argument_group("how")
     how.add_argument("--device", default="cuda", help="cuda or cuda:N")
-    how.add_argument("--budget", type=float, help="seconds after which no further problem is begun")
+    how.add_argument("--budget", type=float, help="seconds after which no further problem is begun; 0: compile")
     how.add_argument("--timeout", type=float, default=60.0, help="seconds for one measurement (default 60)")
     how.add_argument("--jobs", type=int, default=8, help="processes that compile beforehand (default 8)")
     how.add_argument("--again", action="store_true", help="measure what the table has a row for, too")
     out = parser.add_argument_group("what comes out")
     out.add_argument("--table", metavar="FILE", help="the table to write (default: the user's own)")
-    out.add_argument("--out", metavar="FILE", help="--evaluate: JSON lines; a run goes on from what it holds")
+    out.add_argument("--out", metavar="FILE", help="--evaluate: JSON lines, gone on with; --crossover: JSON")
     add_problem_flags(parser)
     return parser
 
@@ -61,6 +66,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         if args.evaluate is not None:
             return evaluate(args.evaluate, args.seed, args.device, limits, args.out)
+        if args.crossover:
+            return crossover(args.device, limits, args.out)
         problems = problems_from(args, parser)
         table = args.table or user_table_path() or str(user_folder() / USER_FILE)
         command = "python -m extend_attn tune " + shlex.join(sys.argv[2:] if argv is None else argv)
@@ -79,6 +86,8 @@ def problems_from(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
             if not isinstance(data, list):
                 raise ValueError(f"--problems: {path} holds no JSON list")
             found += [Problem.from_json(one) for one in data]
+        if args.rows is not None:
+            found += [row.problem() for row in rows_named(args.rows)]
         if args.model is not None:
             found += Problem.for_model(**model_arguments(args.model))
     except (OSError, TypeError, ValueError) as error:

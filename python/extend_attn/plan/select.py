@@ -7,7 +7,6 @@ rule. The first that is legal on the device is taken, and ``Plan.source`` says w
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from ..problem import Problem
@@ -91,44 +90,43 @@ def _choose(problem: Problem, device: DeviceSpec, plan: PlanLike, tile: TileLike
             raise ValueError(f"tile: got {tile!r} beside a plan that already names its tile; give one of them")
         changes["tile"] = tile
 
-    if isinstance(plan, Plan):
-        chosen = replace(plan, source="explicit")
-    else:
-        base, named = _base(problem, device, plan, table, changes.get("family"))
-        if not changes and not named:
-            return base
+    bases, named = _bases(problem, device, plan, table, changes.get("family"))
+    if not changes and not named:
+        return bases[0]
+    reason: Optional[str] = None
+    for base in bases:
         chosen = base.merged({**changes, "source": "explicit"}) if changes else base
-    reason = illegal(problem, chosen, device)
-    if reason and chosen.hopper and isinstance(plan, (Mapping, type(None))) and "family" not in changes:
-        # the default choice is a Hopper family, which the fields do not go with: they are laid over the plain one
-        sized = problem.bucketed()
-        base = fitting(sized, heuristic(sized, device, plain_family(sized)), device)
-        chosen = base.merged({**changes, "source": "explicit"})
         reason = illegal(problem, chosen, device)
-    if reason:
-        raise ValueError(f"plan: {chosen} cannot run here: {reason}")
-    return chosen
+        if reason is None:
+            return chosen
+    raise ValueError(f"plan: {chosen} cannot run here: {reason}")
 
 
-def _base(
+def _bases(
     problem: Problem, device: DeviceSpec, plan: PlanLike, table: Optional[str], family: Optional[str]
-) -> Tuple[Plan, bool]:
-    """(the plan before explicit fields are laid over it, whether it was named and so must be legal as it is)."""
+) -> Tuple[List[Plan], bool]:
+    """(the plans that explicit fields may be laid over, the first that goes with them counts; whether the first was
+    named and so must be legal as it is)."""
     sized = problem.bucketed()  # so that every problem of one key gets one plan
+    if isinstance(plan, Plan):
+        return [plan], True
     if isinstance(plan, str):
         if plan in ("sglang", "sglang-legacy"):
-            return sglang_plan(problem, device, legacy=plan == "sglang-legacy"), True
+            return [sglang_plan(problem, device, legacy=plan == "sglang-legacy")], True
         if plan == "heuristic":
-            return fitting(sized, heuristic(sized, device), device), True
+            return [fitting(sized, heuristic(sized, device), device)], True
         if not plan.startswith(_TABLE_PREFIX) or plan == _TABLE_PREFIX:
             raise ValueError(f"plan: got {plan!r}; selectors are {', '.join(SELECTORS)}")
         table = plan[len(_TABLE_PREFIX) :]
     elif plan is not None and not isinstance(plan, Mapping):
         raise TypeError(f"plan: got {plan!r}; expected a Plan, a dict of its fields, or a selector's name")
     default = default_plan(sized, device, table)
-    if family in FAMILIES and family != default.family:
-        return fitting(sized, heuristic(sized, device, family), device), False
-    return default, False
+    if family == default.family or (family not in FAMILIES and not default.hopper):
+        return [default], False
+    if family in FAMILIES:
+        return [fitting(sized, heuristic(sized, device, family), device)], False
+    # fields that a Hopper family does not go with are meant for the plain one
+    return [default, fitting(sized, heuristic(sized, device, plain_family(sized)), device)], False
 
 
 def default_plan(problem: Problem, device: DeviceSpec, table: Optional[str] = None) -> Plan:

@@ -125,8 +125,9 @@ def _distance(row: Problem, problem: Problem, plan: Plan) -> Optional[int]:
         return None  # splits fill the GPU for one number of programs, and none do for this many or more
     if batch > OCTAVES_OF_BATCH or old > OCTAVES_OF_PREFIX:
         return None
-    if min(extend, extend2) <= PACKED_MAX_LEN_EXTEND:
-        if max(extend, extend2) > PACKED_MAX_LEN_EXTEND or row.packed_rows != problem.packed_rows:
+    few = [n <= PACKED_MAX_LEN_EXTEND for n in (extend, extend2)]
+    if plan.packed or any(few):
+        if few[0] != few[1] or row.packed_rows != problem.packed_rows:
             return None
     elif new > OCTAVES_OF_EXTEND:
         return None

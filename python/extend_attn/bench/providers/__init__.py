@@ -6,11 +6,13 @@ from typing import Dict, List, Optional
 
 from .base import OWN, Device, Prepared, Provider, Skip
 from .flash_attention import FlashAttention3
+from .flash_attention_4 import FlashAttention4
 from .flashinfer import FlashInfer
 from .flex import Flex
 from .ours import Ours
 from .sdpa import Sdpa
 from .sglang import Sglang
+from .vllm import VllmTriton
 
 __all__ = ["OWN", "PROVIDERS", "Device", "Prepared", "Provider", "Skip", "providers_named"]
 
@@ -23,8 +25,10 @@ PROVIDERS: Dict[str, Provider] = {
         Sglang("installed"),
         FlashAttention3(page_size=64),
         FlashAttention3(page_size=1),
+        FlashAttention4(),
         FlashInfer("fa2"),
         FlashInfer("fa3"),
+        VllmTriton(),
         Sdpa("cudnn"),
         Sdpa("flash"),
         Sdpa("efficient"),

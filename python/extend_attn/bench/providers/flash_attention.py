@@ -12,7 +12,7 @@ import glob
 import os
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Dict, NamedTuple, Optional
 
 from ..problems import Row
 from .base import Device, Prepared, Provider, Skip, needs_gpu, needs_plain
@@ -107,17 +107,7 @@ def keys_of(batch: Batch, index: int, page_size: int) -> Keys:
         return Keys(one.k, one.v, None)
     if page_size == 1:
         return Keys(one.k_pool.unsqueeze(1), one.v_pool.unsqueeze(1), one.all_slots.to(torch.int32))
-    length = row.prefix + row.new_tokens
-    pages = -(-length // page_size)
-    order = torch.randperm(row.batch * pages, device=batch.device)
-    stored: List[torch.Tensor] = []
-    for rows in batch.gathered(index):
-        padded = rows.new_zeros(row.batch, pages * page_size, row.num_kv_heads, row.head_dim)
-        padded[:, :length] = rows
-        cache = torch.empty_like(padded).view(row.batch * pages, page_size, row.num_kv_heads, row.head_dim)
-        cache[order] = padded.view_as(cache)
-        stored.append(cache)
-    return Keys(stored[0], stored[1], order.view(row.batch, pages).to(torch.int32))
+    return Keys(*batch.pages(index, page_size))
 
 
 class _OpLibrary:

@@ -39,6 +39,10 @@ CLASSES: Dict[str, Dict[str, Any]] = {
 }
 
 
+# Windows that models of a class have beside full attention.
+WINDOWS = {"d256 8/4": 1023, "d64 16/16": 127}
+
+
 def draw(count: int, seed: int) -> List[Tuple[str, Problem]]:
     """(class, problem) of each: decode, verification, chunks and prompts, with and without prefix and window."""
     pick = random.Random(seed)
@@ -49,7 +53,8 @@ def draw(count: int, seed: int) -> List[Tuple[str, Problem]]:
     drawn = []
     for i in range(count):
         name = list(CLASSES)[i % len(CLASSES)]
-        kind = pick.choice(["decode", "verify", "chunk", "prompt"])
+        fp8 = "kv_dtype" in CLASSES[name]  # of a pool, which a prompt does not read
+        kind = pick.choice(["decode", "verify", "chunk", "chunk" if fp8 else "prompt"])
         new = {"decode": 1, "verify": around(2, 16), "chunk": around(32, 2048), "prompt": around(64, 8192)}[kind]
         batch = around(1, max(1, min(128, MOST_TOKENS // new)))
         prefix = 0 if kind == "prompt" else around(16, max(17, min(32000, MOST_SLOTS // batch)))
@@ -59,14 +64,14 @@ def draw(count: int, seed: int) -> List[Tuple[str, Problem]]:
             num_tokens=batch * new,
             max_len_extend=new,
             num_kv_indices=batch * prefix,
-            sliding_window=pick.choice([-1, -1, 1023]),
+            sliding_window=pick.choice([-1, WINDOWS.get(name, -1)]),
         )
         drawn.append((name, problem))
     return drawn
 
 
 class Outcome(NamedTuple):
-    """A drawn problem's sweep. us of the choice, of the heuristic without tables, and of the best plan."""
+    """A drawn problem's sweep. us of the choice, of the heuristic without tables, of the best plan, and of each."""
 
     name: str
     problem: Problem
@@ -75,7 +80,7 @@ class Outcome(NamedTuple):
     heuristic_us: Optional[float]
     best: Plan
     best_us: float
-    plans: int
+    plans: Dict[str, Optional[float]]
 
     def to_json(self) -> Dict[str, Any]:
         plans = {name: getattr(self, name).to_json() for name in ("problem", "choice", "best")}
@@ -104,16 +109,11 @@ def evaluate(count: int, seed: int, device: str, limits: Limits, out: Optional[s
         done = [outcome.problem for outcome in outcomes]
         left = [(name, problem) for name, problem in drawn if problem not in done]
         tuner.say(f"{len(left)} of {count} problems to measure on {tuner.name}")
-        tuner.compile(problem for _, problem in left)
-        for i, (name, problem) in enumerate(left):
-            if tuner.budget.spent():
-                tuner.say(f"the budget of {limits.budget:g} s is spent; {len(left) - i} problems are left out")
-                break
-            trials = tuner.sweep(problem)
+        names = {problem: name for name, problem in left}
+        for problem, trials in tuner.sweeps(list(names)):
+            tuner.complain(problem, trials)
             failed = failed or any(trial.wrong for trial in trials)
-            for trial in (t for t in trials if t.reason is not None):
-                tuner.say(f"  {describe(problem)}: {trial.plan}: {trial.reason}")
-            outcome = _outcome(name, problem, trials, select(problem, tuner.spec, plan="heuristic"))
+            outcome = _outcome(names[problem], problem, trials, select(problem, tuner.spec, plan="heuristic"))
             if outcome is None:
                 failed = True
                 continue
@@ -132,7 +132,8 @@ def _outcome(name: str, problem: Problem, trials: Sequence[Trial], heuristic: Pl
     if best is None or best.us is None:
         return None
     alone = next((trial.us for trial in trials if trial.plan == heuristic), None)
-    return Outcome(name, problem, trials[0].plan, trials[0].us, alone, best.plan, best.us, len(trials))
+    plans = {str(trial.plan): trial.us for trial in trials}
+    return Outcome(name, problem, trials[0].plan, trials[0].us, alone, best.plan, best.us, plans)
 
 
 def _load(path: Optional[str], facts: Dict[str, str]) -> List[Outcome]:
@@ -163,7 +164,7 @@ def report(outcomes: Sequence[Outcome], drawn: int) -> str:
     header = ["class", "problems", f"choice {within}", "median", "worst", f"heuristic {within}", "median", "worst"]
     slow = sorted(outcomes, key=lambda o: -(o.choice_us or math.inf) / o.best_us)
     far = [o for o in slow if (o.choice_us or math.inf) > TOLERANCE * o.best_us][:20]
-    parts = [f"{len(outcomes)} of {drawn} problems, {sum(o.plans for o in outcomes)} plans", table(header, lines)]
+    parts = [f"{len(outcomes)} of {drawn} problems, {sum(len(o.plans) for o in outcomes)} plans", table(header, lines)]
     if far:
         rows = [[describe(o.problem), _us(o.choice_us), str(o.choice), _us(o.best_us), str(o.best)] for o in far]
         parts.append(table(["slower than that", "us", "choice", "us", "best"], rows, left=5))

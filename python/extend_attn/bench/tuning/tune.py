@@ -7,18 +7,21 @@ import json
 import os
 import sys
 import time
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from ...plan.device import DeviceSpec
+from ...plan.select import select
 from ...plan.tables import same_minor_version
 from ...plan.tile import Plan
 from ...problem import Problem
 from ..results import new_file
 from ..runner import Budget, WorkerProcess, compile_all
 from ..tuned import merge, winners
-from .sweep import swept
+from .sweep import defaults, steps
 
 WORKER = "extend_attn.bench.tuning.worker"
+GROUP = 256  # problems whose kernels are compiled side by side
+TOO_SLOW = 1.5  # times the fastest so far: such a plan is timed once
 
 
 @dataclasses.dataclass
@@ -68,28 +71,62 @@ class Tuner:
     def __exit__(self, *_: object) -> None:
         self.worker.stop()
 
-    def compile(self, problems: Iterable[Problem]) -> int:
-        """Compiles what the sweeps of ``problems`` launch, in processes side by side; returns how many plans."""
+    def compile(self, wanted: Iterable[Tuple[Problem, Iterable[Plan]]]) -> int:
+        """Compiles what these plans launch, in processes side by side; returns how many there are to compile."""
         tasks: Dict[Any, Dict[str, Any]] = {}
-        for problem in problems:
-            for plan in swept(problem, self.spec)[0]:
+        for problem, plans in wanted:
+            for plan in plans:
                 task = {"problem": problem.to_json(), "plan": plan.to_json()}
-                tasks.setdefault((_variant(problem), plan), task)
+                tasks.setdefault((_variant(problem), _kernel(plan)), task)
         if self.limits.jobs > 1 and tasks:
             self.say(f"compiling for {len(tasks)} plans in {self.limits.jobs} processes")
             compile_all(tasks.values(), self.device, self.limits.jobs, self.limits.timeout, module=WORKER)
         return len(tasks)
 
-    def sweep(self, problem: Problem) -> List[Trial]:
-        """The problem's sweep, the library's choice first; each checked, then timed."""
+    def each(self, plans: Mapping[Problem, Iterable[Plan]]) -> Iterator[Tuple[Problem, List[Trial]]]:
+        """Compiles, then measures these plans of each problem, as many problems as the budget allows."""
+        self.compile(plans.items())
+        for number, problem in enumerate(plans):
+            if self.budget.spent():
+                left = len(plans) - number
+                self.say(f"the budget of {self.limits.budget:g} s is spent; the same command goes on: {left} left")
+                return
+            yield problem, self.measure(problem, plans[problem])
+
+    def sweeps(self, problems: Sequence[Problem]) -> Iterator[Tuple[Problem, List[Trial]]]:
+        """Both rounds of each problem, the library's choice first; those of GROUP problems at a time, so that what
+        they need is compiled side by side and a run that is cut short has finished some. Where the budget is spent
+        before the start, nothing but compiling: the second round as if the choice were the fastest, and the first."""
+        for start in range(0, len(problems), GROUP):
+            plans = {problem: defaults(problem, self.spec)[0] for problem in problems[start : start + GROUP]}
+            if self.budget.spent():
+                self.compile((p, steps(p, self.spec, [(first[0], 1.0)])) for p, first in plans.items())
+            further = []
+            for problem, trials in self.each(plans):
+                further.append((problem, trials, steps(problem, self.spec, [(t.plan, t.us) for t in trials])))
+            self.compile((problem, more) for problem, _, more in further)
+            for problem, trials, more in further:
+                best = best_of(trials)
+                drop_us = best.us * TOO_SLOW if best is not None and best.us else None
+                yield problem, [*trials, *self.measure(problem, more, drop_us)]
+
+    def measure(self, problem: Problem, plans: Iterable[Plan], drop_us: Optional[float] = None) -> List[Trial]:
+        """Each plan checked, then timed; one whose first replay takes more than ``drop_us`` is not timed further."""
         trials = []
-        for plan in swept(problem, self.spec)[0]:
+        for plan in plans:
             task: Dict[str, Any] = {"op": "measure", "problem": problem.to_json(), "plan": plan.to_json()}
-            if self.limits.burst_us is not None:
-                task["burst_us"] = self.limits.burst_us
+            task.update(burst_us=self.limits.burst_us, drop_us=drop_us)
             answer = self.worker.ask(task)
             trials.append(Trial(plan, answer.get("us"), answer.get("skipped") or answer.get("failed")))
         return trials
+
+    def complain(self, problem: Problem, trials: Sequence[Trial]) -> None:
+        """What did not run, or was wrong."""
+        for trial in trials:
+            if trial.reason is not None:
+                self.say(f"  {describe(problem)}: {trial.plan}: {trial.reason}")
+        if best_of(trials) is None:
+            self.say(f"{describe(problem)}: no plan of {len(trials)} runs")
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self.started:6.1f} s {text}", file=sys.stderr, flush=True)
@@ -106,6 +143,11 @@ def _variant(problem: Problem) -> Problem:
         max_len_prefix=None if problem.max_len_prefix else problem.max_len_prefix,
         sliding_window=min(problem.sliding_window, 1),
     )
+
+
+def _kernel(plan: Plan) -> Plan:
+    """The plan without the numbers that no kernel is specialised for."""
+    return plan.merged({"split_kv": min(plan.split_kv, 2), "programs": min(plan.programs, 1)})
 
 
 def best_of(trials: Sequence[Trial]) -> Optional[Trial]:
@@ -127,25 +169,24 @@ def tune(
         done = [] if again else measured_in(table, tuner.name, tuner.spec.triton)
         left = [problem for problem in problems if problem.to_json() not in done]
         tuner.say(f"{len(left)} of {len(problems)} problems to measure on {tuner.name}; rows go to {table}")
-        tuner.compile(left)
         header = new_file(device=tuner.name, versions=tuner.versions, command=command, ceilings={})
-        for i, problem in enumerate(left):
-            if tuner.budget.spent():
-                tuner.say(f"the budget of {limits.budget:g} s is spent; the same command goes on: {len(left) - i} left")
-                break
-            trials = tuner.sweep(problem)
+        for number, (problem, trials) in enumerate(tuner.sweeps(left)):
             best, choice = best_of(trials), trials[0]
-            for trial in trials:
-                if trial.reason is not None:
-                    tuner.say(f"  {trial.plan}: {trial.reason}")
+            tuner.complain(problem, trials)
             failed = failed or best is None or any(trial.wrong for trial in trials)
             if best is None:
-                tuner.say(f"[{i + 1}/{len(left)}] {describe(problem)}: no plan of {len(trials)} runs")
                 continue
-            row = {"problem": problem.to_json(), "plan": best.plan.to_json(), "us_graph": best.us}
-            merge(table, tuner.arch, winners([row], header, tuner.sm_count))
-            tuner.say(f"[{i + 1}/{len(left)}] {describe(problem)}: {_comparison(choice, best)}, of {len(trials)} plans")
+            merge(table, tuner.arch, winners(_timed(problem, trials, tuner.spec), header, tuner.sm_count))
+            of = f"[{number + 1}/{len(left)}] {describe(problem)}"
+            tuner.say(f"{of}: {_comparison(choice, best)}, of {len(trials)} plans")
     return int(failed)
+
+
+def _timed(problem: Problem, trials: Sequence[Trial], device: DeviceSpec) -> List[Dict[str, Any]]:
+    """The trials with a time, as ``winners`` takes them: it asks which plan is the heuristic's own."""
+    own = select(problem, device, plan="heuristic")
+    plans = [(own if trial.plan == own else trial.plan, trial.us) for trial in trials]
+    return [{"problem": problem.to_json(), "plan": plan.to_json(), "us_graph": us} for plan, us in plans if us]
 
 
 def _comparison(choice: Trial, best: Trial) -> str:

@@ -53,7 +53,8 @@ class TuningWorker(TaskWorker):
             us = timing.wall_us(run)
         else:
             posed.poison()
-            us, _ = timing.graph_us(run, len(posed.sets), burst_us=task.get("burst_us", timing.BURST_US))
+            burst_us = task.get("burst_us") or timing.BURST_US
+            us, _ = timing.graph_us(run, len(posed.sets), burst_us=burst_us, drop_us=task.get("drop_us"))
             error = self._error(posed)
             if error.wrong:
                 return {"failed": f"wrong result after graph replay: {error}"}
