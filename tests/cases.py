@@ -44,6 +44,7 @@ class Spec:
     indptr_dtype: torch.dtype = torch.int32
     layout: str = "qkv"  # plain | qkv (slices of one fused buffer) | odd (row strides that are aligned to nothing)
     pool_layout: str = "plain"  # plain | strided (k and v interleaved)
+    page: int = 1  # slots come in runs of so many, but for every third sequence and two keys of long others
     lead: int = 0  # rows, indices and mask bytes before the first sequence
     beyond: int = BEYOND
     alias: bool = False  # MLA: V is the first dim_v columns of K, in the pool and in the new tokens
@@ -150,12 +151,13 @@ class _Builder:
         common = {"qo_indptr": self.indptr(self.new, spec.indptr_dtype), "max_len_extend": self.bound(), **scales}
         if spec.unified:
             order = self.unified_order()
-            pools, slots = self.pool(torch.cat([prefix_k, new_k])[order], torch.cat([prefix_v, new_v])[order])
+            both = torch.cat([prefix_k, new_k])[order], torch.cat([prefix_v, new_v])[order]
+            pools, slots = self.pool(*both, [e + p for e, p in spec.lengths])
             kwargs.update(common, q=self.place([q])[0], prefix_lens=self.padded(self.prefix, spec.indptr_dtype))
             lengths = [e + p for e, p in spec.lengths]
             offsets = "window_start_pos"
         else:
-            pools, slots = self.pool(prefix_k, prefix_v)
+            pools, slots = self.pool(prefix_k, prefix_v, self.prefix)
             if spec.alias:
                 q_rows, k_rows = self.place([q, new_k])
                 v_rows = k_rows[:, :, : spec.dim_v]
@@ -228,22 +230,45 @@ class _Builder:
             views.append(view)
         return views
 
-    def pool(self, k: torch.Tensor, v: torch.Tensor) -> Tuple[Tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Scatter rows over pools of random slots; returns the pools and ``kv_indices``."""
-        spec, used = self.spec, k.shape[0]
-        size = used + used // 4 + 5
-        slots = torch.randperm(size, generator=self.random, device=self.device)
+    def pool(
+        self, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int]
+    ) -> Tuple[Tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Scatter rows, so many a sequence, over pools; returns the pools and ``kv_indices``."""
+        spec = self.spec
+        slots, spare, size = self.slots(lengths)
         if spec.pool_layout == "strided":
             both = self.poison(size, spec.heads[1], 2, max(spec.dim, spec.dim_v))
             k_pool, v_pool = both[:, :, 0, : spec.dim], both[:, :, 1, : spec.dim_v]
         else:
             k_pool = self.poison(size, spec.heads[1], spec.dim)
             v_pool = k_pool[:, :, : spec.dim_v] if spec.alias else self.poison(size, spec.heads[1], spec.dim_v)
-        put(k_pool, slots[:used], k)
+        put(k_pool, slots, k)
         if not spec.alias:
-            put(v_pool, slots[:used], v)
-        nowhere = slots[used].expand(spec.lead), slots[used].expand(spec.beyond)
-        return (k_pool, v_pool), torch.cat([nowhere[0], slots[:used], nowhere[1]]).to(spec.index_dtype)
+            put(v_pool, slots, v)
+        return (k_pool, v_pool), torch.cat([spare.expand(spec.lead), slots, spare.expand(spec.beyond)]).to(
+            spec.index_dtype
+        )
+
+    def slots(self, lengths: Sequence[int]) -> Tuple[torch.Tensor, torch.Tensor, int]:
+        """(slots of all sequences' rows in order, a slot of nobody's, how many slots the pool has)."""
+        page, used = self.spec.page, sum(lengths)
+        if page == 1:
+            size = used + used // 4 + 5
+            order = torch.randperm(size, generator=self.random, device=self.device)
+            return order[:used], order[used], size
+        counts = [-(-length // page) for length in lengths]
+        pages = torch.randperm(sum(counts) + 1, generator=self.random, device=self.device)
+        order = pages[:, None] * page + torch.arange(page, device=self.device)
+        owned = []
+        for b, (length, some) in enumerate(zip(lengths, order[:-1].split(counts))):
+            own = some.flatten()[:length]
+            if b % 3 == 2:
+                own = own[torch.randperm(length, generator=self.random, device=self.device)]
+            elif length > 200:
+                own = own.clone()
+                own[100:102] = own[100:102].flip(0)
+            owned.append(own)
+        return torch.cat(owned), order[-1, 0], len(pages) * page
 
     def poison(self, *shape: int) -> torch.Tensor:
         return poisoned(shape, self.spec.kv_dtype, self.device)

@@ -115,7 +115,7 @@ def test_even_shares(programs, kind):
         "rows": dict(lengths=[(20, 500), (0, 0), (40, 10), (1, 129), (33, 64)], heads=(8, 2), causal=False),
         "tree": dict(mask="tree", tree_positions=True, temperature_len=100),
     }[kind]
-    check({"programs": programs}, **{"dim": 128, "heads": (8, 2), **spec})
+    check({"programs": programs, "split_kv": 1}, **{"dim": 128, "heads": (8, 2), **spec})
 
 
 @gpu
@@ -124,7 +124,7 @@ def test_even_shares(programs, kind):
 def test_even_shares_of_many_sequences(batch, spread):
     """Equal lists are not cut (spread 0); more sequences than one look takes."""
     lengths = [(1 + b % 2 * (spread > 0), 600 - spread // 2 + b * 37 % (spread + 1)) for b in range(batch)]
-    check({"programs": 132}, dim=64, heads=(2, 1), lengths=[(e, max(p, 0)) for e, p in lengths])
+    check({"programs": 132, "split_kv": 1}, dim=64, heads=(2, 1), lengths=[(e, max(p, 0)) for e, p in lengths])
 
 
 # Rows and columns that divide into slices in every way: one row, half a row, several; few parts and many.
@@ -170,9 +170,10 @@ def _repeats(case, plan, times):
 
 
 @gpu
-@pytest.mark.parametrize("share", [{"split_kv": 1}, {"split_kv": 7}, {"split_kv": 16}, {"programs": 17}])
+@pytest.mark.parametrize("share", [{}, {"split_kv": 7}, {"split_kv": 16}, {"programs": 17}])
 def test_repeats_are_bit_identical(share):
-    assert _repeats(GPU[FAMILY].case(lengths=RAGGED, dim=256, heads=(8, 4)), {"family": FAMILY, **share}, 150)
+    plan = {"family": FAMILY, "split_kv": 1, **share}
+    assert _repeats(GPU[FAMILY].case(lengths=RAGGED, dim=256, heads=(8, 4)), plan, 150)
 
 
 @gpu
@@ -195,7 +196,9 @@ def test_graphs_of_splits_replay_side_by_side_with_changed_lengths():
     plan = {"family": FAMILY, "split_kv": 16}
     mode = GPU[FAMILY]
     cases = [mode.case(lengths=[(4, 3000), (2, 5000)], dim=128, heads=(8, 2), seed=seed) for seed in (1, 2)]
-    expected = [mode.check(case, plan=plan) for case in cases]
+    for case in cases:
+        mode.check(case, plan=plan)
+    expected = [mode.call(case, plan=plan)[0] for case in cases]
     graphs, outs = [], []
     for case in cases:
         graph = torch.cuda.CUDAGraph()
@@ -221,7 +224,7 @@ def test_graphs_of_splits_replay_side_by_side_with_changed_lengths():
 
 
 @gpu
-@pytest.mark.parametrize("share", [{"split_kv": 1}, {"split_kv": 16}, {"programs": 17}])
+@pytest.mark.parametrize("share", [{}, {"split_kv": 16}, {"programs": 17}, None])
 @pytest.mark.parametrize("late", ["kv_indptr", "kv_indices", "k_buffer", "v_buffer", "q_extend", "qo_indptr"])
 def test_what_the_kernel_ahead_writes_last_is_seen(late, share):
     """Dependent launches start, and look ahead at what old indices say, while it still runs."""
@@ -230,8 +233,9 @@ def test_what_the_kernel_ahead_writes_last_is_seen(late, share):
     import extend_attn
 
     mode = GPU[FAMILY]
-    case = mode.case(lengths=[(4, 3000), (2, 700), (3, 0), (1, 1500)], dim=128, heads=(8, 2), layout="plain")
-    plan = {"family": FAMILY, "pdl": True, **share}
+    spec = dict(lengths=[(4, 3000), (2, 700), (3, 0), (1, 1500)], dim=128, heads=(8, 2), layout="plain")
+    case = mode.case(**spec, window=-1 if share is not None else 1000)  # under a window rows are prefetched
+    plan = {"family": FAMILY, "pdl": True, "split_kv": 1, **(share or {})}
     mode.check(case, plan=plan)
     tensor = case.kwargs[late]
     new = tensor.clone()

@@ -12,6 +12,7 @@ from modes import GPU
 
 from extend_attn.plan import DeviceSpec, Plan, Tile, illegal, select, shared_memory_bytes
 from extend_attn.plan.heuristics import heuristic
+from extend_attn.plan.legality_hopper_tiled import tiled_queries, tiled_sections
 from extend_attn.plan.select import forget
 from extend_attn.problem import Problem
 
@@ -81,6 +82,8 @@ def test_groups(heads, gqa):
         dict(temperature_len=100, window=200, cut=[5, 0, 77, 3, 0, 1, 2, 0, 9, 1, 0]),
         dict(sm_scale=-0.1),
         dict(sm_scale=0.0),
+        dict(sm_scale=1.0),  # maxima grow by less and by more than what lets them stand
+        dict(sm_scale=1.0, dtype=torch.float16),
         dict(k_scale=0.5, v_scale=2.0),
         dict(layout="plain", pool_layout="strided", index_dtype=torch.int32),
         dict(lead=5, max_len_extend=2000),
@@ -116,6 +119,10 @@ def test_fp32_output_of_sliced_values_is_not_rounded():
 def test_repeats_are_bit_identical(dim, gqa):
     mode = GPU["hopper_tiled_gqa" if gqa else "hopper_tiled"]
     case = make_case(dtype=torch.bfloat16, device="cuda", lengths=UGLY, heads=(4, 2), dim=dim)
+    repeat(mode, case)
+
+
+def repeat(mode, case) -> None:
     first = mode.call(case)[0].nan_to_num()
     assert all(torch.equal(first, mode.call(case)[0].nan_to_num()) for _ in range(150))
 
@@ -131,7 +138,44 @@ def test_tiles(tile):
 @gpu
 @hopper
 @pytest.mark.parametrize("gqa", [False, True])
-@pytest.mark.parametrize("dim, splits", [(64, 2), (256, 5)])
+@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dict(),
+        dict(window=100),
+        dict(causal=False),
+        dict(unified=True),
+        dict(out_dtype=torch.float32, sinks=torch.float32),
+        dict(lengths=[(e, 0) for e, _ in UGLY]),
+    ],
+    ids=str,
+)
+def test_rings_at_head_dim_256(spec, num_stages, gqa):
+    """One ring for keys and values, and one each; two query tiles a consumer, and one."""
+    base = dict(dtype=torch.bfloat16, device="cuda", lengths=UGLY, heads=(4, 2), dim=256)
+    case = make_case(**{**base, **spec})
+    plan = {"family": "hopper_tiled", "pack_gqa": gqa, "split_kv": 1, "tile": {"num_stages": num_stages}}
+    GPU["hopper_tiled"].check(case, plan=plan)
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize("heads, batch, window", [((8, 4), 5, -1), ((8, 2), 40, -1), ((16, 8), 150, 70)])
+def test_sections(heads, batch, window, gqa, monkeypatch):
+    """Keys and values that the L2 does not hold: as many sections as there are KV heads."""
+    monkeypatch.setattr("extend_attn.plan.legality_hopper_tiled.SECTION_BYTES", 0)
+    monkeypatch.setattr("extend_attn.plan.legality_hopper_tiled.SECTION_ITEMS_MIN", 1)
+    pick = torch.Generator().manual_seed(batch)
+    lengths = [tuple(pair) for pair in torch.randint(-20, 400, (batch, 2), generator=pick).clamp(min=0).tolist()]
+    check(gqa, dim=64, lengths=lengths, window=window, heads=heads)
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize("dim, splits", [(64, 2), (96, 3), (256, 5)])
 @pytest.mark.parametrize(
     "spec", [dict(), dict(sinks=torch.float32, k_scale=0.5, v_scale=2.0), dict(causal=False)], ids=str
 )
@@ -161,6 +205,41 @@ def test_fp8_pools(dim, dtype, kv_dtype, unified, gqa):
     check(gqa, dim=dim, dtype=dtype, kv_dtype=kv_dtype, unified=unified, k_scale=0.5, v_scale=0.25)
 
 
+# new tokens and prefixes that end inside pages, inside tiles and at their ends
+PAGED = [(64, 1024), (70, 1030), (129, 700), (1, 64), (200, 2049), (128, 15), (33, 0), (65, 16), (300, 513)]
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("page", [16, 64, 128])
+@pytest.mark.parametrize("dim, dim_v", [(64, 64), (96, 96), (192, 128), (256, 256), (512, 512)])
+def test_pages(dim, dim_v, page):
+    """Runs of slots go through TMA, tiles with a key out of order through copies."""
+    check(True, dim=dim, dim_v=dim_v, page=page, lengths=PAGED)
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dict(window=100), dict(causal=False), dict(unified=True), dict(unified=True, window=200),
+        dict(pool_layout="strided"), dict(kv_dtype=torch.float8_e4m3fn), dict(index_dtype=torch.int32, lead=5),
+        dict(heads=(3, 1)), dict(lead=64),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_pages_with(spec):
+    check(False, **{"dim": 128, "page": 16, "lengths": PAGED, **spec})
+
+
+@gpu
+@hopper
+def test_pages_in_splits():
+    case = make_case(dtype=torch.bfloat16, device="cuda", lengths=PAGED, heads=(4, 2), dim=256, page=32)
+    GPU["hopper_tiled"].check(case, plan={"family": "hopper_tiled", "split_kv": 3})
+
+
 # -- plans; need no GPU
 
 
@@ -179,8 +258,6 @@ def test_default_plans_fit(dim, dim_v):
 @pytest.mark.parametrize(
     "changes, word",
     [
-        (dict(custom_mask=True), "custom_mask"),
-        (dict(q_positions=True, sliding_window=100), "q_positions"),
         (dict(head_dim_qk=576, head_dim_v=512), "head dims"),
         (dict(kv_dtype="float8_e4m3fn", head_dim_qk=512, head_dim_v=512), "kv_dtype"),
         (dict(dtype="float32", kv_dtype="float32", out_dtype="float32"), "fp32"),
@@ -213,12 +290,34 @@ def test_illegal_plans_say_why(changes, word):
     assert reason is not None and word in reason
 
 
-def test_odd_groups_do_not_pair_and_windows_do_not_split():
+def test_rings_and_queries_of_head_dim_256():
+    """Short blocks leave room for the next item's query, whole prompts have the deeper rings."""
+    for changes, stages, queries in [
+        (dict(), 1, 2),
+        (dict(max_len_extend=8192), 2, 1),
+        (dict(max_len_extend=8192, sliding_window=1024), 1, 2),
+        (dict(kv_dtype="float8_e4m3fn"), 2, 1),
+        (dict(head_dim_v=128), 2, 2),
+    ]:
+        problem = replace(CHUNK, **changes)
+        plan = plan_of(problem)
+        assert (plan.tile.num_stages, tiled_queries(problem, plan)) == (stages, queries), changes
+    assert tiled_queries(replace(CHUNK, head_dim_qk=128, head_dim_v=128), plan_of(CHUNK)) == 2
+
+
+def test_sections_keep_every_multiprocessor_busy():
+    assert tiled_sections(CHUNK, items=1024) == 4  # 168 MB, and no more KV heads
+    assert tiled_sections(CHUNK, items=256) == 1  # 128 items a section leave some idle
+    assert tiled_sections(replace(CHUNK, num_tokens=8192, num_kv_indices=0), items=512) == 2  # 34 MB
+
+
+def test_odd_groups_do_not_pair_and_masks_take_narrow_tiles():
     odd = replace(CHUNK, num_q_heads=12)
     assert not plan_of(odd).pack_gqa
     assert "odd" in str(illegal(odd, plan_of(odd, pack_gqa=True), H100))
-    windowed = replace(CHUNK, sliding_window=1000)
-    assert "window" in str(illegal(windowed, plan_of(windowed, split_kv=2), H100))
+    masked = replace(CHUNK, custom_mask=True, head_dim_qk=128, head_dim_v=128)
+    assert plan_of(masked).tile.block_n == 64
+    assert "mask" in str(illegal(masked, plan_of(masked, tile=dict(block_n=128)), H100))
 
 
 def test_few_blocks_split_their_keys():
@@ -241,5 +340,5 @@ def test_it_is_the_default_where_it_is_proven(monkeypatch):
     monkeypatch.setattr("extend_attn.plan.tables.PACKAGED", Path("no tables"))
     forget()
     assert select(CHUNK, H100).family == FAMILY
-    assert select(replace(CHUNK, custom_mask=True), H100).family == "tiled"
+    assert select(replace(CHUNK, custom_mask=True), H100).family == FAMILY
     forget()

@@ -132,6 +132,20 @@ def test_other_lengths_are_not_checked_again_but_are_another_problem(full_checks
 BAD = {key: row for key, row in test_errors.BAD.items() if key[0] not in ("plan", "tile", "batch_invariant")}
 
 
+@pytest.mark.parametrize("unified", [False, True])
+def test_a_pool_of_another_size_is_prepared_anew(full_checks, unified):
+    """Kernels prefetch within the pool whose rows they were told."""
+    one = case(unified)
+    _, first = known(one)
+    grown = {}
+    for name in ("k_buffer", "v_buffer"):
+        pool = one.kwargs[name]
+        grown[name] = torch.cat([pool, pool])
+    _, other = known(one, **grown)
+    assert other is not first and other.problem == first.problem and len(full_checks) == 1
+    assert known(one)[1] is first
+
+
 @pytest.mark.parametrize("key", BAD, ids=lambda key: "-".join(key).replace(" ", "_"))
 def test_a_bad_call_after_a_good_one_that_has_everything(full_checks, key):
     """The mistakes of test_errors.py, which follow a call without sinks, offsets and positions there."""

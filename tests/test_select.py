@@ -88,8 +88,8 @@ def test_stepping_down_ends_and_shrinks(arch):
                 assert shared_memory_bytes(problem, smaller, device) < shared_memory_bytes(problem, plan, device)
                 assert smaller.split_kv == plan.split_kv
             else:  # the last of a Hopper family
-                least = {"hopper_tiled": (128, 64, 1), "hopper_packed": (16, 64, 2)}[plan.family]
-                assert (max(16, plan.tile.block_m), plan.tile.block_n, plan.tile.num_stages) == least
+                least = {"hopper_tiled": (128, 64), "hopper_packed": (16, 64)}[plan.family]
+                assert (max(16, plan.tile.block_m), plan.tile.block_n) == least and plan.tile.num_stages <= 2
                 assert smaller == fitting(problem, heuristic(problem, device, plain_family(problem)), device)
             plan, steps = smaller, steps + 1
         assert steps < 20 and not plan.hopper

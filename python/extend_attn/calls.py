@@ -101,7 +101,7 @@ def first(likeness: Optional[Likeness], checked: Inputs) -> Call:
         scalars = checked[Inputs._fields.index("sm_scale") :]
         lengths = (
             problem.batch_size, problem.num_tokens, problem.max_len_extend, problem.num_kv_indices,
-            problem.max_len_prefix, _table_in_environment(_TABLE),
+            problem.max_len_prefix, _slots(checked.k_pool), _table_in_environment(_TABLE),
         )  # fmt: skip
         has_window, has_lse = checked.sliding_window > 0, checked.lse is not None
         known = _Known(problem, scalars, has_window, has_lse, {lengths: prepared})
@@ -154,10 +154,13 @@ def repeated(
         return None, None  # something that is no tensor, has not these dimensions, cannot be hashed
 
     num_tokens, batch_size, num_indices, at = sizes
-    lengths = (batch_size, num_tokens, max_len_extend, num_indices, max_len_prefix, _table_in_environment(_TABLE))
+    slots = tensors[4].shape[0] if is_unified or num_indices else 0
+    lengths = (
+        batch_size, num_tokens, max_len_extend, num_indices, max_len_prefix, slots, _table_in_environment(_TABLE),
+    )  # fmt: skip
     prepared = known.prepared.get(lengths)
     if prepared is None:
-        prepared = Prepared(_with_lengths(known.problem, *lengths[:-1]))
+        prepared = Prepared(_with_lengths(known.problem, *lengths[:_NUM_LENGTHS]))
         if len(known.prepared) >= MAX_LENGTHS:
             known.prepared.clear()
         known.prepared[lengths] = prepared
@@ -190,6 +193,13 @@ def repeated(
 
 
 _NUM_ALONE = 9  # tensors up to kv_indices
+_NUM_LENGTHS = 5  # of a call's lengths those that are the problem's; kernels also hold prefetches within the pool
+
+
+def _slots(pool: Optional[torch.Tensor]) -> int:
+    return 0 if pool is None else pool.shape[0]
+
+
 _Sizes = Tuple[int, int, int, tuple]  # rows of q, sequences, elements of kv_indices, addresses of the row tensors
 
 
@@ -252,7 +262,7 @@ def _facts(is_unified: bool, tensors: tuple) -> Tuple[_Sizes, tuple]:
         (num_slots, k_facts), (num_values, v_facts) = _rows(k_pool), _rows(v_pool)
         k_pool_at, v_pool_at = k_pool.data_ptr(), v_pool.data_ptr()
         bits |= k_pool_at | v_pool_at
-        pool = (k_facts, v_facts, k_pool_at == v_pool_at, num_slots, num_values)
+        pool = (k_facts, v_facts, k_pool_at == v_pool_at, num_slots == num_values)
     at = (q_at, k_at, v_at, o_at, k_pool_at, v_pool_at)
     if bits % ALIGNMENT:  # kernels are specialised for the alignment of each
         more = (bits % ALIGNMENT, *[a is not None and a % ALIGNMENT == 0 for a in at])

@@ -31,7 +31,7 @@ _ROWS = {"k_new": NUM_TENSORS, "v_new": NUM_TENSORS + 1}
 _NONE = NUM_TENSORS + 2
 # Tensors whose alignment calls.py tells apart; no other may be specialised by it.
 _ALIGNED = ("q", "k_new", "v_new", "o", "k_pool", "v_pool")
-_DESCRIBED = ("q", "k_new", "v_new")
+_DESCRIBED = ("q", "k_new", "v_new", "k_pool", "v_pool", "o")
 _UNBOUNDED = 1 << 30  # a descriptor's dim of this size has nothing to do with a tensor's rows
 MAX_HANDLES = 4096  # past this what is known is dropped and found anew
 MAX_DESCRIBED = 256  # addresses and rows that a descriptor is kept for; an allocator hands the same few out again
@@ -181,7 +181,7 @@ class _Address:
 class _Descriptor:
     """What a kernel is passed for a descriptor of another call's tensor, made from one that passed its constructor's
     checks. ``rows``: where a call's rows are, if the first dim is its tensor's rows; the query's are the same in all
-    calls of a Prepared, those of k_new and v_new need not be. ``apart`` (launchers.py) encodes a descriptor; that takes
+    calls of a Prepared, those of other tensors need not be. ``apart`` (launchers.py) encodes a descriptor; that takes
     as long as a launch, so that the pieces are kept by address."""
 
     __slots__ = ("apart", "rows", "_fields", "_kept", "_kind", "_shape", "_slot")
@@ -189,12 +189,12 @@ class _Descriptor:
     def __init__(self, like: Any, inputs: Inputs, apart: Callable[[Any], Sequence[Any]]) -> None:
         name = next((name for name in _DESCRIBED if like.base is getattr(inputs, name)), None)
         if name is None or not hasattr(like, "__dict__"):
-            raise Unbindable(f"a descriptor of {type(like.base).__name__}: not of the query, the new keys or values")
+            raise Unbindable(f"a descriptor of {type(like.base).__name__}: not of query, keys, values, pools or output")
         self.apart, self._kind, self._fields, self._shape = apart, type(like), dict(like.__dict__), list(like.shape)
         self._slot = _SLOTS[name]
         self.rows = _ROWS[name] if name in _ROWS and self._shape[0] == like.base.shape[0] else None
         self._kept: Dict[Any, tuple] = {}
-        inner = {*like.base.shape[1:]} if name in _ROWS else {*like.base.shape}
+        inner = {*like.base.shape} if name == "q" else {*like.base.shape[1:]}
         if any(n not in inner and n < _UNBOUNDED for n in self._shape[1 if self.rows else 0 :]):
             raise Unbindable(f"a descriptor of {name} with dims {self._shape}: they may depend on its rows")
 

@@ -15,8 +15,8 @@ from .legality_hopper import (
     packed_held,
     packed_held_max,
 )
-from .legality_hopper_tiled import ROWS, tiled_blocks
-from .tile import BLOCK_M_MIN, STAGES_MAX, Plan, Tile
+from .legality_hopper_tiled import ROWS, latent, shares_ring, tiled_blocks, tiled_rows, v_is_k
+from .tile import BLOCK_M_MIN, BLOCK_MIN, STAGES_MAX, Plan, Tile
 
 # Families that passed the contract tests on a GPU and were faster there than the plain ones; no other is a default.
 PROVEN: Tuple[str, ...] = ("hopper_packed", "hopper_tiled")
@@ -27,30 +27,57 @@ CROSSOVER_MAX_LEN_EXTEND = 64
 # whose rows take more than two blocks of hopper_packed and up to two of those tiles: 16 sequences of 8000 tokens, 24
 # new ones, head dim 128, on an H100: 171 us, hopper_tiled 251, hopper_packed 345.
 PLAIN_GROUP, PLAIN_ROWS_MAX, PLAIN_HEAD_DIM_MAX = 8, 256, 256
+# Where programs fill the GPU, for narrow heads half as often again, the plain packed family is faster, too: tiles of 64
+# keys and head dim 64 pass too fast for the ring, measured with groups of one (67 sequences of 3387 tokens, 15 new
+# ones: 237 us on an H200, 266; 100 of 131, 54 new ones: 51 and 98), and so do a few fp8 keys (78 of 34: 16.5 and 22.5).
+NARROW_HEAD_DIM, NARROW_GROUP, NARROW_WAVES, PLAIN_FP8_KEYS = 64, 1, 1.5, 128
+FEW_TOKENS = 16
 PACKED_BLOCK_N = 64
 # fp8 codes are converted a tile at a time: wider tiles of small heads wait less often (64 sequences of 4000 tokens at
-# head dim 128: 230 us on an H100, 267 with 64 keys).
+# head dim 128: 230 us on an H100, 267 with 64 keys), where a sequence has more than SHORT keys (78 of 34: 22.5 us on an
+# H200 with 64 keys a tile, 29.9 with 128).
 PACKED_BLOCK_N_FP8 = 128
+SHORT = 256
+# Above head dim 256 a block of half as many rows is faster, though keys are read twice, where they are few, or they and
+# the programs: 33 sequences of 188 tokens and 48 rows take 19.4 us on an H200 with 32 rows a block, 25.7 with 64; 4
+# of 670 take 16.4 and 22.4; 2 of 1542 take 23.6 and, in as many splits, 32.2. Latent keys were not measured so. Shares
+# of keys may be half as long there, too: 2 of 1369 take 8.7 us in 16 splits, 10.4 in 8.
+LARGE_HEAD_DIM, HALF_BLOCK_KEYS, HALF_BLOCK_PROGRAMS = 256, 1024, 0.25
 # Of a ring where two programs share a multiprocessor: three tiles of 64 keys at head dim 256. And where there is no
 # more than one wave of programs: room for a second one would let a dependent launch pile its programs up on what is
-# free.
+# free. It is as good at head dim 256 for more programs, measured under windows of more than a few keys: 76 sequences of
+# 1023 tokens take 85 us on an H200 so, 92 with the small ring.
 RING_BYTES, RING_BYTES_OF_A_WAVE = 96 * 1024, 192 * 1024
+DEEP_HEAD_DIM, DEEP_KEYS = 256, 512
 STAGES_MIN = 3
+# A ring is not deeper than its use: 50 sequences of 57 tokens at head dim 64 take 13.4 us with 4 slots, 14.2 with 8.
+STAGES_SMALL, SMALL_HEAD_DIM, SMALL_HEAD_DIM_SHORT = 4, 64, 128
+# Beside 32 rows and more two slots of fp8 keys are faster than three: 14 sequences of 6978 tokens, 104 and 121 us.
+STAGES_FP8, STAGES_FP8_ROWS = 2, 32
 # Long prefixes without a window that fill about one wave are cut into even runs of keys, one a multiprocessor, since a
 # host cannot know whether they are of one length: on an H100 32 sequences of 1 to 16000 tokens take 360 us so, 409 as
-# they are; 32 of 8000 take 355 and 351. At head dim 128 it cost 3.5 % where lengths were equal.
-EVEN_MIN_KEYS, EVEN_MIN_HEAD_DIM = 2048, 256
+# they are; 32 of 8000 take 355 and 351. At head dim 128 it cost 3.5 % where lengths were equal. fp8 codes bind the
+# multiprocessors, and so does a wave that is not full: 160 programs of 1780 keys take 38.9 us on an H200 so, 47.8 as
+# they are.
+EVEN_MIN_KEYS, EVEN_MIN_HEAD_DIM, EVEN_MIN_KEYS_FP8 = 2048, 256, 1024
 FULL_WAVE = 0.9  # of the multiprocessors: one split
-# A shorter share costs more in the merge than it saves: 8000 keys take 17.1 us in 16 splits on an H100, 18.9 in 33.
-MIN_SPLIT_KEYS = 512
+# A shorter share costs more in the merge than it saves: 8000 keys take 17.1 us in 16 splits on an H100, 18.9 in 33. The
+# first splits pay down to fewer keys: 1023 take 6.2 us in 8 splits on an H200, 11.6 in 2.
+MIN_SPLIT_KEYS, MIN_SPLIT_KEYS_FEW, SPLITS_FEW = 512, 128, 8
+# Keys that splits must take off a sequence's longest share to pay for the merge: at head dim 128 301 keys take 6.2 us
+# on an H200 in one, 7.9 in 2; 493 take 7.6, 6.6 in 2 and 5.4 in 4.
+SPLIT_GAIN_KEYS = 320
 SPLIT_MAX = 64
 # Of hopper_tiled, whose parts are whole blocks of rows: 1000 new tokens in 3 splits of 5 tiles take 39 us on an H100,
 # 27 in one; 512 after 8192 take 115 in 5 splits of 27, 196 in one.
 MIN_SPLIT_TILES, TILED_SPLIT_MAX = 16, 16
 # From this many new tokens on hopper_tiled takes two heads of a group over 64 tokens rather than 128 tokens of one:
-# 383 against 390 us for 8192 tokens on an H100, but 143 against 114 for 32 chunks of 512. So it does up to 64 new
-# tokens, where the other consumer would have none: 234 against 379 us for 32 behind 8000, 16 sequences, groups of 4.
-PACK_MIN_LEN_EXTEND = 2048
+# 383 against 390 us for 8192 tokens on an H100. So it does up to 64 new tokens, where the other consumer would have
+# none (234 against 379 us for 32 behind 8000, 16 sequences, groups of 4), up to 256, of which the second block of 128
+# often leaves half unused (96 prompts of 131: 74 us on an H200, 93 with one head; but 32 chunks of 512 take 143 and 114
+# on an H100), above head dim 256 (9 chunks of 163: 37 and 54), and beside a mask, whose bytes the producer reads for 64
+# tokens and not for 128 (4,2048 at head dim 256: 558 against 781 us).
+PAIR_MIN_LEN_EXTEND, PAIR_FROM, PAIR_TO = 2048, 128, 256
 
 
 def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan]:
@@ -61,7 +88,7 @@ def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan
     plans = [tiled]
     if problem.max_len_extend <= CROSSOVER_MAX_LEN_EXTEND:
         packed = hopper_packed_plan(problem, device)
-        if _plain_tile_is_faster(problem, packed, device):
+        if _plain_is_faster(problem, packed, device):
             return None
         plans = [packed, tiled] if _packed_is_faster(problem, packed, tiled, device) else [tiled, packed]
     legal = (plan for plan in plans if plan.family in PROVEN and hopper_illegal(problem, plan, device) is None)
@@ -70,55 +97,88 @@ def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan
 
 def _packed_is_faster(problem: Problem, packed: Plan, tiled: Plan, device: DeviceSpec) -> bool:
     """Whether hopper_packed goes before hopper_tiled: rows of a sequence and KV head fit one block, or its blocks leave
-    multiprocessors to splits, or it reads the keys less often, or there are none to read but the new ones."""
+    multiprocessors to splits, or it reads the keys less often, or there are none to read but the new ones.
+
+    A few tokens without a prefix under a window, which serving does not ask for, run on the prompt's kernel (3 us more)
+    rather than on one of their own."""
+    if not problem.has_prefix:
+        return problem.sliding_window <= 0 or problem.max_len_extend > FEW_TOKENS
     blocks = _row_blocks(problem, packed)
-    if not problem.has_prefix or problem.rows <= PACKED_ROWS_MAX or not _fills(problem, blocks, device):
+    if problem.rows <= PACKED_ROWS_MAX or not _fills(problem, blocks, device):
         return True
-    tokens, heads = (ROWS, 2) if tiled.pack_gqa else (2 * ROWS, 1)
-    slices = tiled_blocks(problem)[3]
+    tokens, heads = (ROWS, 2) if tiled.pack_gqa else (tiled.tile.block_m, 1)
+    slices = 1 if latent(problem) else tiled_blocks(problem)[3]
     return blocks < problem.group // heads * slices * -(-problem.max_len_extend // tokens)
 
 
-def _plain_tile_is_faster(problem: Problem, packed: Plan, device: DeviceSpec) -> bool:
-    wide = max(problem.head_dim_qk, problem.head_dim_v) > PLAIN_HEAD_DIM_MAX
-    rows = 2 * PACKED_ROWS_MAX < problem.rows <= PLAIN_ROWS_MAX and problem.group == PLAIN_GROUP
-    return rows and problem.has_prefix and not wide and _fills(problem, _row_blocks(problem, packed), device)
+def _plain_is_faster(problem: Problem, packed: Plan, device: DeviceSpec) -> bool:
+    blocks = _row_blocks(problem, packed)
+    if not _fills(problem, blocks, device):
+        return False
+    head_dim, rows = max(problem.head_dim_qk, problem.head_dim_v), problem.rows
+    if is_fp8(problem) and problem.prefix_hint <= PLAIN_FP8_KEYS and problem.max_len_extend <= FEW_TOKENS:
+        return True
+    if head_dim <= NARROW_HEAD_DIM and problem.group == NARROW_GROUP and BLOCK_M_MIN < rows <= PACKED_ROWS_MAX:
+        return _fills(problem, blocks, device, NARROW_WAVES)
+    tall = 2 * PACKED_ROWS_MAX < rows <= PLAIN_ROWS_MAX and problem.group == PLAIN_GROUP
+    return tall and problem.has_prefix and head_dim <= PLAIN_HEAD_DIM_MAX
 
 
 def _row_blocks(problem: Problem, packed: Plan) -> int:
     return -(-max(problem.rows, 1) // packed.tile.block_m)
 
 
-def _fills(problem: Problem, blocks: int, device: DeviceSpec) -> bool:
-    """Whether so many row blocks of each sequence and KV head fill the GPU without splits."""
-    return max(problem.batch_size, 1) * problem.num_kv_heads * blocks >= FULL_WAVE * device.sm_count
+def _fills(problem: Problem, blocks: int, device: DeviceSpec, share: float = FULL_WAVE) -> bool:
+    """Whether so many row blocks of each sequence and KV head fill this share of the GPU without splits."""
+    return max(problem.batch_size, 1) * problem.num_kv_heads * blocks >= share * device.sm_count
 
 
 def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
     """Rows: new tokens times the heads of a group, in one tile as long as registers hold it."""
     block_d, _ = packed_blocks(problem)
-    fp8 = is_fp8(problem)
-    block_n = PACKED_BLOCK_N_FP8 if fp8 and block_d <= 128 else PACKED_BLOCK_N
+    fp8, keys = is_fp8(problem), problem.prefix_hint
+    block_n = PACKED_BLOCK_N_FP8 if fp8 and block_d <= 128 and keys > SHORT else PACKED_BLOCK_N
     tile = Tile(min(max(BLOCK_M_MIN, bucket(problem.rows)), PACKED_ROWS_MAX), block_n, 4, 2)
+    if problem.head_dim_qk > LARGE_HEAD_DIM and problem.has_prefix and tile.block_m > BLOCK_MIN and not v_is_k(problem):
+        few = not _fills(problem, -(-problem.rows // tile.block_m), device, HALF_BLOCK_PROGRAMS)
+        if keys <= (2 * HALF_BLOCK_KEYS if few else HALF_BLOCK_KEYS):
+            tile = tile.merged({"block_m": tile.block_m // 2})
     while packed_held(problem, tile) > packed_held_max(problem, tile):  # a second warpgroup, then fewer rows
         tile = tile.merged({"num_warps": 8} if tile.num_warps == 4 else {"block_m": tile.block_m // 2, "num_warps": 4})
     programs = max(problem.batch_size, 1) * problem.num_kv_heads * -(-max(problem.rows, 1) // tile.block_m)
     split_kv = packed_splits(problem, device, programs)
     one_wave = problem.has_prefix and not fp8 and programs * split_kv <= device.sm_count
-    even = split_kv == 1 and one_wave and _uneven(problem)
-    slot = tile.block_n * block_d * ELEMENT_SIZE[problem.dtype]
-    stages = min(max(STAGES_MIN, (RING_BYTES_OF_A_WAVE if one_wave else RING_BYTES) // slot), STAGES_MAX)
-    while stages > 2 and _too_large(problem, tile, stages, device):
-        stages -= 1
-    tile = tile.merged({"num_stages": stages})
+    even = split_kv == 1 and _even(problem, one_wave, programs > device.sm_count)
+    windowed = problem.has_prefix and problem.sliding_window > 0 and keys >= DEEP_KEYS
+    deep = one_wave or (windowed and not fp8 and block_d == DEEP_HEAD_DIM)
+    tile = tile.merged({"num_stages": _stages(problem, tile, deep, device)})
     shares = device.sm_count if even else 0
     return Plan("hopper_packed", tile, split_kv=split_kv, programs=shares, pdl=True, source="heuristic")
 
 
-def _uneven(problem: Problem) -> bool:
-    """Whether the sequences' key lists are long and may be of any length."""
+def _stages(problem: Problem, tile: Tile, deep: bool, device: DeviceSpec) -> int:
+    """Slots of the ring: what RING_BYTES hold, and no more than so few or so short keys use."""
+    block_d, _ = packed_blocks(problem)
+    slot = tile.block_n * block_d * ELEMENT_SIZE[problem.dtype]
+    small = SMALL_HEAD_DIM_SHORT if problem.prefix_hint <= SHORT else SMALL_HEAD_DIM
+    most = STAGES_SMALL if block_d <= small else STAGES_MAX
+    if is_fp8(problem) and tile.block_m >= STAGES_FP8_ROWS:
+        most = STAGES_FP8
+    stages = min(max(STAGES_MIN, (RING_BYTES_OF_A_WAVE if deep else RING_BYTES) // slot), most)
+    while stages > 2 and _too_large(problem, tile, stages, device):
+        stages -= 1
+    return stages
+
+
+def _even(problem: Problem, one_wave: bool, more: bool) -> bool:
+    """Whether even shares are worth it: the sequences' key lists are long, may be of any length, and bind as they are
+    (one wave of programs, or for fp8 more than one)."""
+    if problem.sliding_window > 0:
+        return False
+    if is_fp8(problem):
+        return more and problem.prefix_hint >= EVEN_MIN_KEYS_FP8
     long = problem.num_kv_indices >= EVEN_MIN_KEYS * max(problem.batch_size, 1)
-    return long and problem.sliding_window <= 0 and problem.head_dim_qk >= EVEN_MIN_HEAD_DIM
+    return one_wave and long and problem.head_dim_qk >= EVEN_MIN_HEAD_DIM
 
 
 def _too_large(problem: Problem, tile: Tile, stages: int, device: DeviceSpec) -> bool:
@@ -127,29 +187,62 @@ def _too_large(problem: Problem, tile: Tile, stages: int, device: DeviceSpec) ->
 
 
 def packed_splits(problem: Problem, device: DeviceSpec, programs: int) -> int:
-    """How many share one sequence's keys: one where the ``programs`` that it takes unsplit fill the GPU."""
+    """How many share one sequence's keys: one where the ``programs`` that it takes unsplit fill the GPU, or where the
+    others would take too few keys off it."""
     if programs >= FULL_WAVE * device.sm_count:
         return 1
-    return max(1, min(device.sm_count // programs, SPLIT_MAX, problem.longest_prefix // MIN_SPLIT_KEYS))
+    longest = problem.longest_prefix
+    shortest = MIN_SPLIT_KEYS // 2 if problem.head_dim_qk > LARGE_HEAD_DIM else MIN_SPLIT_KEYS
+    most = max(longest // shortest, min(longest // MIN_SPLIT_KEYS_FEW, SPLITS_FEW))
+    splits = max(1, min(device.sm_count // programs, SPLIT_MAX, most))
+    return splits if problem.prefix_hint * (splits - 1) >= SPLIT_GAIN_KEYS * splits else 1
 
 
 def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
-    """128 keys a tile where registers hold their logits beside the accumulator; two heads a program if they pair."""
-    tile = Tile(128, 128 if problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 else 64, 8, 2)
-    if problem.head_dim_qk > 256:
+    """128 keys a tile where registers hold their logits beside the accumulator; two heads a program if they pair.
+
+    At head dim 256 keys and values of short blocks share a ring of three slots, which makes room for the next item's
+    query: 126 against 135 us for 16 chunks of 1024 on an H200, but 364 against 354 for a prompt of 8192.
+    """
+    wide = problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 and not problem.custom_mask
+    tile = Tile(tiled_rows(problem), 128 if wide else 64, 8, 2)
+    if wide and _few_keys(problem):
+        tile = tile.merged({"block_n": 64, "num_stages": 3})
+    if problem.head_dim_qk > 256 and not latent(problem):
         tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
-    pack = problem.group % 2 == 0 and not ROWS < problem.max_len_extend < PACK_MIN_LEN_EXTEND
+    pack = problem.group % 2 == 0 and not latent(problem) and _pairs(problem)
     split_kv = tiled_splits(problem, device, tile.block_n, pack)
+    if split_kv == 1 and not (wide or problem.custom_mask or is_fp8(problem) or _long(problem)):
+        one = Plan("hopper_tiled", tile.merged({"num_stages": 1}))
+        tile = one.tile if shares_ring(problem, one) else tile
     return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=split_kv > 1, source="heuristic")
+
+
+def _few_keys(problem: Problem) -> bool:
+    """Whether a short prefix or window leaves half of a tile of 128 keys unused."""
+    return 0 < problem.sliding_window <= SHORT or (problem.has_prefix and problem.prefix_hint <= SHORT)
+
+
+def _long(problem: Problem) -> bool:
+    """Whether a block of rows is a whole prompt's: its queries and outputs then cost little beside its keys."""
+    return problem.sliding_window <= 0 and problem.max_len_extend >= PAIR_MIN_LEN_EXTEND
+
+
+def _pairs(problem: Problem) -> bool:
+    """Whether a program of hopper_tiled takes two heads of a KV head, if it can, and not two blocks of tokens."""
+    tokens = problem.max_len_extend
+    if problem.custom_mask or max(problem.head_dim_qk, problem.head_dim_v) > 256:
+        return True
+    return tokens <= ROWS or PAIR_FROM < tokens <= PAIR_TO or tokens >= PAIR_MIN_LEN_EXTEND
 
 
 def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool) -> int:
     """Programs that share the keys of a block of rows: one if blocks fill the GPU, or a window makes them short."""
     if problem.sliding_window > 0:
         return 1
-    tokens = ROWS if pack else 2 * ROWS
+    tokens = ROWS if pack else tiled_rows(problem)
     blocks = -(-problem.max_len_extend // tokens)
-    slices = tiled_blocks(problem)[3]
+    slices = 1 if latent(problem) else tiled_blocks(problem)[3]
     items = max(problem.batch_size, 1) * blocks * slices * problem.num_q_heads // (2 if pack else 1)
     most_tiles = -(-(problem.prefix_hint + problem.max_len_extend) // block_n)
     if items >= FULL_WAVE * device.sm_count or items == 0:

@@ -7,7 +7,7 @@ from typing import Callable, Dict, Optional, Tuple
 from ..problem import ELEMENT_SIZE, Problem
 from .blocks import next_power_of_2
 from .device import DeviceSpec
-from .legality_hopper_tiled import tiled_illegal, tiled_shared_memory
+from .legality_hopper_tiled import tiled_illegal, tiled_shared_memory, v_is_k
 from .tile import Plan, Tile
 
 GLUON_TRITON = (3, 6)  # the first whose Gluon has warp specialisation with registers for each partition
@@ -64,12 +64,6 @@ def _no_gluon(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]
     if plan.tma:
         return f"tma: a flag of the plain tiled family; {family} loads as it must"
     return None
-
-
-def v_is_k(problem: Problem) -> bool:
-    """Whether every V row lies in its K row, so that one read serves both (absorbed MLA)."""
-    pool = problem.v_aliases_k_pool or not problem.has_pool
-    return pool and (problem.unified or problem.v_aliases_k_new)
 
 
 def is_fp8(problem: Problem) -> bool:

@@ -14,41 +14,72 @@ MAX_ROWS = (1 << 30) - 1  # of a tensor that a ragged descriptor addresses
 # (largest head dim, (columns of a slot of keys, slots a key)) and the same of values
 KEY_BLOCKS = ((64, (64, 1)), (128, (128, 1)), (192, (64, 3)), (256, (256, 1)), (512, (128, 4)))
 VALUE_BLOCKS = ((64, (64, 1)), (128, (128, 1)), (256, (256, 1)), (512, (256, 2)))
+LATENT_VALUES, LATENT_REST = 512, 64  # columns of a latent key that are its value, and behind them
 HELD_MAX = 176  # registers that hold logits, weights and accumulator, of 232 to 240: with more the loops spill
+MASK_KEYS_MAX = 64  # keys of a tile: a mask's bytes take a register each from load to use
 FP8_HEAD_DIM_MAX = 256
+RING_SLOTS = 3  # of one ring for keys and values: two in use, one on its way
+SHARED_MEMORY = 232448  # bytes of a block on sm_90
+# Bytes of 50 MB of L2, and items (multiprocessors): 16 chunks of 1024 at head dim 256 take 144 us in one section on an
+# H200, 133 in four; sections of half the size gain no more.
+SECTION_BYTES, SECTION_ITEMS_MIN = 20 << 20, 132
 BARRIERS = 1024  # bytes: mbarriers, work items, what warp specialisation passes on
-LAYOUT_SCRATCH = 4096  # bytes: the output changes its layout on its way out; with several slices in the query's place
+LAYOUT_SCRATCH = 4096  # bytes: the output changes its layout on its way out, unless it leaves through the query's place
+
+
+def v_is_k(problem: Problem) -> bool:
+    """Whether every V row lies in its K row, so that one read serves both (absorbed MLA)."""
+    pool = problem.v_aliases_k_pool or not problem.has_pool
+    return pool and (problem.unified or problem.v_aliases_k_new)
+
+
+def latent(problem: Problem) -> bool:
+    """Whether two consumers share rows and a key tile is read once, as keys and as values (tiled_latent.py)."""
+    from_pool = problem.v_aliases_k_pool or not problem.has_pool
+    return from_pool and LATENT_VALUES < problem.head_dim_qk <= LATENT_VALUES + LATENT_REST
 
 
 def tiled_blocks(problem: Problem) -> Tuple[int, int, int, int]:
     """(columns of a slot of keys, slots a key, columns of a slot of values, slices of a value).
 
-    Narrower heads are padded with zeros on their way into shared memory. Zeros where there is no kernel.
+    Narrower heads are padded with zeros on their way into shared memory. Latent keys have LATENT_REST more columns.
+    Zeros where there is no kernel.
     """
+    if latent(problem):
+        return (256, 2, 256, 2)
     keys = next((blocks for most, blocks in KEY_BLOCKS if problem.head_dim_qk <= most), None)
     values = next((blocks for most, blocks in VALUE_BLOCKS if problem.head_dim_v <= most), None)
     return (*keys, *values) if keys and values else (0, 0, 0, 0)
 
 
+def tiled_rows(problem: Problem) -> int:
+    """Query rows of a program."""
+    return ROWS if latent(problem) else 2 * ROWS
+
+
 def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
     """Why the family's ``plan`` cannot run ``problem``, or None if it can."""
     tile = plan.tile
-    if (tile.block_m, tile.num_warps) != (2 * ROWS, WARPS):
-        return f"tile: {tile}; two consumers of {ROWS} rows and 4 warps are block_m {2 * ROWS}, num_warps {WARPS}"
+    rows = tiled_rows(problem)
+    if (tile.block_m, tile.num_warps) != (rows, WARPS):
+        return f"tile: {tile}; two consumers of 4 warps over {rows} rows are block_m {rows}, num_warps {WARPS}"
     if tile.block_n not in (64, 128):
         return f"block_n: {tile.block_n}; allowed are 64 and 128"
     if plan.programs:
         return f"programs: {plan.programs}; only the packed family shares keys evenly"
-    if plan.split_kv > 1 and problem.sliding_window > 0:
-        return f"split_kv: {plan.split_kv}; under a window a row may see no key of a split"
+    if plan.pack_gqa and latent(problem):
+        return "pack_gqa: the two consumers share one head's rows where values are the front of latent keys"
     if plan.pack_gqa and problem.group % 2:
         return f"pack_gqa: two heads of a KV head share a program, and {problem.group} are odd"
     _, chunks, block_dv, _ = tiled_blocks(problem)
     if chunks == 0:
-        return f"head dims {problem.head_dim_qk}/{problem.head_dim_v}; keys and values have up to 512 columns"
+        widest = f"up to {LATENT_VALUES}, keys with all values at their front up to {LATENT_VALUES + LATENT_REST}"
+        return f"head dims {problem.head_dim_qk}/{problem.head_dim_v}; keys and values have {widest} columns"
     held = tile.block_n * 3 // 4 + block_dv // 2  # fp32 logits, two tiles of 16-bit weights, fp32 accumulator
     if held > HELD_MAX:
         return f"registers: {held} a thread for logits, weights and accumulator; there are {HELD_MAX} to hold them"
+    if problem.custom_mask and tile.block_n > MASK_KEYS_MAX:
+        return f"block_n: {tile.block_n}; beside a mask's bytes registers hold the logits of {MASK_KEYS_MAX} keys"
     reason = _not_served(problem)
     if reason:
         return f"hopper_tiled: {reason}"
@@ -59,20 +90,51 @@ def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[
 
 
 def _not_served(problem: Problem) -> Optional[str]:
-    if problem.custom_mask:
-        return "custom_mask: a value that no row sees cannot be kept from the tensor cores"
     if problem.kv_dtype != problem.dtype and max(problem.head_dim_qk, problem.head_dim_v) > FP8_HEAD_DIM_MAX:
         return f"kv_dtype: {problem.kv_dtype} is converted up to head dim {FP8_HEAD_DIM_MAX}; wider, a KiB spills"
-    if problem.q_positions and problem.sliding_window > 0:
-        return "q_positions: its window goes by row"
     if problem.num_tokens > MAX_ROWS:
         return f"num_tokens: {problem.num_tokens}; a descriptor addresses {MAX_ROWS} rows"
     return None
 
 
+def shares_ring(problem: Problem, plan: Plan) -> bool:
+    """Whether keys and values take turns in one ring of RING_SLOTS: where num_stages is 1 and their slots are alike."""
+    columns, chunks, block_dv, slices = tiled_blocks(problem)
+    return plan.tile.num_stages == 1 and (chunks, slices) == (1, 1) and columns == block_dv
+
+
+def tiled_queries(problem: Problem, plan: Plan) -> int:
+    """Query tiles a consumer: 2 if the next item's fit beside this one's, from whose place its output leaves then."""
+    columns, chunks, block_dv, slices = tiled_blocks(problem)
+    fits = _bytes(problem, plan, 2) <= SHARED_MEMORY and columns * chunks % block_dv == 0
+    return 2 if fits and slices == 1 and plan.split_kv == 1 else 1
+
+
+def tiled_sections(problem: Problem, items: int) -> int:
+    """Sections in which the KV heads of ``items`` work items are gone through, so that the L2 holds a section's keys
+    and values; each keeps all multiprocessors busy."""
+    heads = problem.num_kv_heads
+    rows = problem.num_kv_indices + (0 if problem.unified else problem.num_tokens)
+    size = rows * heads * (problem.head_dim_qk + problem.head_dim_v) * ELEMENT_SIZE[problem.dtype]
+    fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or items // n >= SECTION_ITEMS_MIN)]
+    return next((n for n in fitting if size // n <= SECTION_BYTES), fitting[-1])
+
+
 def tiled_shared_memory(problem: Problem, plan: Plan) -> int:
-    """Bytes: two query tiles and ``num_stages`` tiles of keys and of values."""
+    """Bytes: query tiles, and ``num_stages`` tiles of keys and of values, or one ring."""
+    return _bytes(problem, plan, tiled_queries(problem, plan))
+
+
+def _bytes(problem: Problem, plan: Plan, queries: int) -> int:
     columns, chunks, block_dv, slices = tiled_blocks(problem)
     keys = columns * chunks
-    elements = 2 * ROWS * keys + plan.tile.num_stages * plan.tile.block_n * (keys + block_dv)
-    return elements * ELEMENT_SIZE[problem.dtype] + BARRIERS + (LAYOUT_SCRATCH if slices == 1 else 0)
+    scratch = 0 if slices > 1 or (queries > 1 and problem.out_dtype == problem.dtype) else LAYOUT_SCRATCH
+    if latent(problem):
+        elements = (ROWS + plan.tile.num_stages * plan.tile.block_n) * (keys + LATENT_REST)
+        elements += ROWS * plan.tile.block_n  # weights that consumers exchange
+        return elements * ELEMENT_SIZE[problem.dtype] + 4 * 4 * ROWS + BARRIERS
+    if shares_ring(problem, plan):
+        elements = queries * 2 * ROWS * keys + RING_SLOTS * plan.tile.block_n * keys
+    else:
+        elements = queries * 2 * ROWS * keys + plan.tile.num_stages * plan.tile.block_n * (keys + block_dv)
+    return elements * ELEMENT_SIZE[problem.dtype] + BARRIERS + scratch

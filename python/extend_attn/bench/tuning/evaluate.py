@@ -53,7 +53,8 @@ def draw(count: int, seed: int) -> List[Tuple[str, Problem]]:
     drawn = []
     for i in range(count):
         name = list(CLASSES)[i % len(CLASSES)]
-        kind = pick.choice(["decode", "verify", "chunk", "prompt"])
+        fp8 = "kv_dtype" in CLASSES[name]  # of a pool, which a prompt does not read
+        kind = pick.choice(["decode", "verify", "chunk", "chunk" if fp8 else "prompt"])
         new = {"decode": 1, "verify": around(2, 16), "chunk": around(32, 2048), "prompt": around(64, 8192)}[kind]
         batch = around(1, max(1, min(128, MOST_TOKENS // new)))
         prefix = 0 if kind == "prompt" else around(16, max(17, min(32000, MOST_SLOTS // batch)))

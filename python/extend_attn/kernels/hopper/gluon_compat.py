@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language.core import _aggregate as aggregate
 
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 gather_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 constexpr_function = gluon.constexpr_function
@@ -29,3 +30,6 @@ def struct(cls):
 
 # (memory, type, shape, layout): the same shared memory seen as something else
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+
+# a barrier of one partition's threads
+sync = getattr(gl, "barrier", None) or gl.thread_barrier

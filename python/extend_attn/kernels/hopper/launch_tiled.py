@@ -10,19 +10,30 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...inputs import Inputs
-from ...plan.legality_hopper_tiled import ROWS, tiled_blocks
+from ...plan.legality_hopper_tiled import (
+    LATENT_REST,
+    RING_SLOTS,
+    ROWS,
+    latent,
+    shares_ring,
+    tiled_blocks,
+    tiled_queries,
+    tiled_sections,
+)
 from ...plan.tile import Plan
 from ...problem import Problem
 from ..launch_combine import combine_after, combine_tensors
 from ..recipe import Recipe, features, kernel, scalars, strides
-from .launch_packed import FP8_CODES, codes_of
+from .launch_packed import FP8_CODES, codes_of, mask_bytes, multiprocessors
 from .tiled import tiled_kernel
 
 # Registers a thread of (consumers, producer): what setmaxnreg divides the 168 of a launch with 12 warps into. A gather
 # needs 40 (with 56 it was 5 to 8 % slower, because the consumers have 224 then), TMA 24.
-# A conversion of fp8 codes holds a tile of them.
+# A conversion of fp8 codes holds a tile of them, a mask its bytes.
 GATHER_REGISTERS, TMA_REGISTERS, FP8_REGISTERS = (232, 40), (240, 24), (216, 80)
 MAX_REGISTERS = 168
+PRODUCER_WARPS = 4  # that gather
+RUN, PANEL = 64, 64  # rows, and columns if not all, of a TMA box of the pool: see tiled_producer.py
 RAGGED_ROWS = 1 << 30  # see tiled_producer.py
 RAGGED_END = 0x7FFF0000  # more than any row
 
@@ -30,13 +41,22 @@ RAGGED_END = 0x7FFF0000  # more than any row
 def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     """What ``plan`` launches for calls like this one."""
     heads = 2 if plan.pack_gqa else 1
+    one_tile = heads == 2 or latent(problem)  # of 64 tokens a program
     columns, chunks, block_dv, slices = tiled_blocks(problem)
-    row_blocks = -(-problem.max_len_extend // (ROWS if heads == 2 else 2 * ROWS))
-    items = row_blocks * problem.batch_size * problem.num_q_heads // heads * slices * plan.split_kv
+    one_ring = shares_ring(problem, plan)
+    queries = tiled_queries(problem, plan)
+    # the output leaves through the query's place
+    staged = (queries > 1 or slices > 1) and plan.split_kv == 1
+    staged = staged and inputs.o.dtype == inputs.q.dtype
+    stages = RING_SLOTS if one_ring else plan.tile.num_stages
+    row_blocks = -(-problem.max_len_extend // (ROWS if one_tile else 2 * ROWS))
+    items = row_blocks * problem.batch_size * problem.num_q_heads // heads * plan.split_kv
+    items *= 1 if latent(problem) else slices
     on = features(inputs, problem)
-    gather = on["HAS_POOL"]
-    fp8 = FP8_CODES.get(problem.kv_dtype, 0) if gather else 0
-    registers = FP8_REGISTERS if fp8 else GATHER_REGISTERS if gather else TMA_REGISTERS
+    on["CAUSAL"] = on["CAUSAL"] and not on["MASK"]
+    gather = on["HAS_POOL"] or on["MASK"]
+    fp8 = FP8_CODES.get(problem.kv_dtype, 0) if on["HAS_POOL"] else 0
+    registers = FP8_REGISTERS if fp8 or on["MASK"] else GATHER_REGISTERS if gather else TMA_REGISTERS
     constants: Dict[str, Any] = dict(
         NUM_HEADS=problem.num_q_heads,
         GROUP=problem.group,
@@ -48,73 +68,79 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         K_CHUNKS=chunks,
         BLOCK_DV=block_dv,
         V_SLICES=slices,
-        K_STAGES=plan.tile.num_stages * chunks,
-        V_STAGES=plan.tile.num_stages,
+        QUERIES=queries,
+        K_STAGES=stages * chunks,
+        V_STAGES=stages,
+        ONE_RING=one_ring,
+        STAGED=staged,
+        LATENT=latent(problem),
+        APART=latent(problem) and not (problem.unified or problem.v_aliases_k_new),
         SPLIT=plan.split_kv > 1,
-        HAS_POOL=gather,
+        HAS_POOL=on["HAS_POOL"],
         UNIFIED=problem.unified,
         FP8=fp8,
         **{name: on[name] for name in _FEATURES},
         NEGATE=inputs.sm_scale < 0,
         CONSUMER_REGISTERS=registers[0],
         PRODUCER_REGISTERS=registers[1],
-        PRODUCER_WARPS=4 if gather else 1,
+        PRODUCER_WARPS=PRODUCER_WARPS if gather else 1,
     )
     numbers = (
-        *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.o),
-        problem.batch_size, row_blocks, plan.split_kv, *scalars(inputs),
+        *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.v_new), *strides(inputs.o),
+        problem.batch_size, row_blocks, plan.split_kv, tiled_sections(problem, items), *scalars(inputs),
     )  # fmt: skip
     tiled = kernel(
         tiled_kernel,
-        min(items, _multiprocessors(inputs.q.device)),
+        min(items, multiprocessors(inputs.q.device)),
         numbers,
         constants,
         num_warps=4,
         maxnreg=MAX_REGISTERS,
     )
-    boxes = (ROWS, columns), (plan.tile.block_n, columns), (plan.tile.block_n, block_dv)
+    keys, box, values = plan.tile.block_n, columns, block_dv
+    if latent(problem):
+        keys, box, values = keys // 2, LATENT_REST, LATENT_REST
+    boxes = (ROWS, box), (keys, box), (keys, values), (ROWS, block_dv) if staged else None
+    runs = None, None
+    if on["HAS_POOL"] and not (fp8 or on["MASK_PREFIX"]):
+        runs = ((RUN, columns), (RUN, block_dv)) if keys == RUN else ((min(keys, RUN), PANEL),) * 2
     if plan.split_kv == 1:
-        return Recipe((tiled,), functools.partial(_tensors, boxes))
-    row_blocks *= 1 if heads == 2 else 2
+        return Recipe((tiled,), functools.partial(_tensors, boxes, runs))
+    row_blocks *= 1 if one_tile else 2
     tiles = row_blocks * problem.batch_size * problem.num_q_heads
     width = block_dv * slices
     combine, workspaces = combine_after(plan, inputs, problem, width, tiles, row_blocks, plan.pdl, shape=(ROWS, 1))
-    return Recipe((tiled, combine), functools.partial(_tensors_of_splits, boxes), workspaces)
+    return Recipe((tiled, combine), functools.partial(_tensors_of_splits, boxes, runs), workspaces)
 
 
 _FEATURES = (
-    "CAUSAL", "WINDOW", "SINKS", "CAP", "TEMPERATURE", "Q_POSITIONS", "LSE", "V_SCALED",
+    "CAUSAL", "WINDOW", "MASK", "MASK_PREFIX", "SINKS", "CAP", "TEMPERATURE", "Q_POSITIONS", "LSE", "V_SCALED",
 )  # fmt: skip
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132  # compiled for one that is not here
-    return torch.cuda.get_device_properties(device).multi_processor_count
+Boxes = Tuple[Optional[Tuple[int, int]], ...]  # rows and columns of the TMA boxes of Q, K, V and O
+Runs = Tuple[Optional[Tuple[int, int]], ...]  # and of those of the pools
 
 
-Boxes = Tuple[Tuple[int, int], ...]  # rows and columns of the TMA boxes of Q, K and V
+def _tensors(boxes: Boxes, runs: Runs, inputs: Inputs) -> Tuple[List[object], ...]:
+    return (_tiled_tensors(boxes, runs, inputs, None, None),)
 
 
-def _tensors(boxes: Boxes, inputs: Inputs) -> Tuple[List[object], ...]:
-    return (_tiled_tensors(boxes, inputs, None, None),)
-
-
-def _tensors_of_splits(boxes: Boxes, inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
+def _tensors_of_splits(boxes: Boxes, runs: Runs, inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
     partial, partial_ml = parts
-    return _tiled_tensors(boxes, inputs, partial, partial_ml), combine_tensors(inputs, *parts)
+    return _tiled_tensors(boxes, runs, inputs, partial, partial_ml), combine_tensors(inputs, *parts)
 
 
 def _tiled_tensors(
-    boxes: Boxes, i: Inputs, partial: Optional[torch.Tensor], partial_ml: Optional[torch.Tensor]
+    boxes: Boxes, runs: Runs, i: Inputs, partial: Optional[torch.Tensor], partial_ml: Optional[torch.Tensor]
 ) -> List[object]:
     """With ``numbers`` above, the one place that knows the order of tiled_kernel's arguments."""
-    rows = [i.q if t is None else t for t in (i.q, i.k_new, i.v_new)]  # a unified call has no new ones: never used
+    rows = [i.q if t is None else t for t in (i.q, i.k_new, i.v_new, i.o)]  # a unified call has no new ones: never used
     return [
-        *(ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
-        codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse, i.qo_indptr, i.kv_indptr, i.kv_indices, i.prefix_lens,
-        i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
+        *(None if box is None else ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
+        *(None if box is None else run_descriptor(t, *box) for t, box in zip((i.k_pool, i.v_pool), runs)),
+        i.v_new, codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse, i.qo_indptr, i.kv_indptr, i.kv_indices,
+        i.prefix_lens, mask_bytes(i), i.mask_indptr, i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
     ]  # fmt: skip
 
 
@@ -134,6 +160,15 @@ def ragged_descriptor(t: torch.Tensor, rows: int, columns: int) -> TensorDescrip
         [1, 1, rows, 1, columns],
         _layout(columns * t.element_size()),
     )
+
+
+def run_descriptor(pool: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A TMA descriptor of a pool [slots, heads, dim] for boxes of consecutive slots of one head. Slots are in bounds:
+    their number does not matter."""
+    slot_stride, head_stride = (pool.stride(d) if pool.shape[d] > 1 else PANEL for d in (0, 1))
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    shape = [RAGGED_END, pool.shape[1], pool.shape[2]]
+    return TensorDescriptor(pool, shape, [slot_stride, head_stride, 1], [rows, 1, columns], layout)
 
 
 @functools.cache

@@ -14,166 +14,141 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
+    tma,
     warpgroup_mma_wait,
 )
 
-from .gluon_compat import struct
 from .ring import Ring, barriers
+from .tiled_codes import produce_codes
 from .tiled_epilogue import store, store_part
+from .tiled_latent import BOX, PARTS, consume_latent, produce_latent
+from .tiled_masks import ALL, BOTH, END, NEW, NONE, POOL, SOME, before_end, hide, seen
 from .tiled_producer import Sources, produce
+from .tiled_products import (
+    Seat,
+    State,
+    end_softmax,
+    release_keys,
+    rescaled,
+    skip_keys,
+    start_products,
+    start_scores,
+)
 from .tiled_schedule import FIELDS, MESSAGES, receive
-from .tiled_softmax import BOTH, NEW, POOL, before_end, logits, scales, seen, temperature_of, weigh
-from .tiled_work import ROWS, Call, Memory, Shape, place_of, tiles_of
-
-# Which tiles of a loop are masked.
-NONE, END, SOME = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
-
-
-@struct
-class State:
-    """A consumer's running softmax: accumulator, maxima and sums, and the weights whose values are still to come."""
-
-    o: gl.tensor
-    m: gl.tensor
-    l: gl.tensor
-    p: gl.tensor
+from .tiled_softmax import SLACK, logits, no_sums, row_sums, scales, temperature_of, weigh
+from .tiled_work import ROWS, Call, Memory, Shape, key_place, place_of, tiles_of, value_place
 
 
 @gluon.jit
-def start_scores(WHO: gl.constexpr, memory, n, c):
-    """Issues S = Q K^T of the key tile in ring position ``n``. Where the ring holds no second tile, each slot is
-    released as soon as it is read, except the last."""
-    ONE_TILE: gl.constexpr = memory.k_ring.stages == c.K_CHUNKS
-    acc = gl.zeros([ROWS, c.BLOCK_N], gl.float32, c.S)
-    for chunk in gl.static_range(c.K_CHUNKS):
-        at = n * c.K_CHUNKS + chunk
-        memory.k_ring.wait_full(at)
-        if c.HAS_POOL:
-            fence_async_shared()
-        q = memory.q_slots.index(WHO * c.K_CHUNKS + chunk)
-        acc = warpgroup_mma(q, memory.k_ring.slot(at).permute((1, 0)), acc, use_acc=chunk > 0, is_async=True)
-        if ONE_TILE and chunk > 0:
-            acc = warpgroup_mma_wait(1, [acc])
-            memory.k_ring.release(at - 1)
-    return acc
-
-
-@gluon.jit
-def release_keys(memory, n, c):
-    """The slots that ``start_scores`` has left."""
-    ONE_TILE: gl.constexpr = memory.k_ring.stages == c.K_CHUNKS
-    for chunk in gl.static_range(c.K_CHUNKS - 1 if ONE_TILE else 0, c.K_CHUNKS):
-        memory.k_ring.release(n * c.K_CHUNKS + chunk)
-
-
-@gluon.jit
-def skip_keys(memory, n, c):
-    for chunk in gl.static_range(c.K_CHUNKS):
-        memory.k_ring.wait_full(n * c.K_CHUNKS + chunk)
-        memory.k_ring.release(n * c.K_CHUNKS + chunk)
-
-
-@gluon.jit
-def start_products(memory, state, n, c):
-    """Issues O += P V of the value tile in ring position ``n``."""
-    memory.v_ring.wait_full(n)
-    if c.HAS_POOL:
-        fence_async_shared()
-    return warpgroup_mma(state.p, memory.v_ring.slot(n), state.o, is_async=True)
-
-
-@gluon.jit
-def begin(WHO: gl.constexpr, memory, call, item, tiles, place, temperature, n, c):
+def begin(seat, memory, call, item, tiles, place, temperature, c):
     """The state after the first key tile, which is masked."""
     KEYS: gl.constexpr = NEW if not c.SPLIT else BOTH if c.HAS_POOL else NEW
     t = place.begin
-    s = warpgroup_mma_wait(0, [start_scores(WHO, memory, n + t, c)])
-    release_keys(memory, n + t, c)
+    keys = key_place(seat.n + t, t, tiles, c)
+    s = warpgroup_mma_wait(0, [start_scores(seat, memory, keys, c)])
+    release_keys(memory, keys, c)
     scale, v_scale = scales(t, tiles, call, KEYS, c)
     s = logits(s, scale, temperature, call, True, c)
     s = gl.where(seen(t, tiles, place, item, call, KEYS, c), s, float("-inf"))
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
-    l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
-    w, alpha, m, l = weigh(s, m, l, scale, True, c)
+    w, alpha, m, l = weigh(s, m, no_sums(c), scale, True, c)
     if c.V_SCALED and (c.UNIFIED or KEYS == BOTH):
         w = w * v_scale
     p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
-    return State(gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O), m, l, p)
+    end_softmax(seat, memory, c)
+    return State(gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O), m, l, p, gl.full_like(m, 1.0))
 
 
 @gluon.jit
 def walk(
-    WHO: gl.constexpr, memory, call, item, tiles, place, temperature, state, n, first, stop,
+    seat, memory, call, item, tiles, place, temperature, state, first, stop,
     KEYS: gl.constexpr, EDGES: gl.constexpr, c,
 ):  # fmt: skip
-    """Folds key tiles ``first``..``stop`` into the state. Tile t lies in ring position ``n`` + t.
+    """Folds key tiles ``first``..``stop`` into the state.
 
-    KEYS: NEW, POOL or BOTH. EDGES: NONE of the tiles is masked, the prefix's END is, or SOME are as ``place`` says.
+    KEYS: NEW, POOL or BOTH. EDGES: NONE of the tiles is masked, the prefix's END is, SOME are as ``place`` says, or
+    ALL; a custom mask's bytes are then on their way while the scores are made.
     """
     for t in range(first, stop):
-        s_acc = start_scores(WHO, memory, n + t, c)
-        o_acc = start_products(memory, state, n + t - 1, c)
+        keys = key_place(seat.n + t, t, tiles, c)
+        values = value_place(seat.n + t - 1, t - 1, tiles, c)
+        s_acc = start_scores(seat, memory, keys, c)
+        state = rescaled(state, c)  # while the scores are made
+        o_acc = start_products(memory, state, values, c)
         scale, v_scale = scales(t, tiles, call, KEYS, c)
+        if EDGES == ALL:
+            visible = seen(t, tiles, place, item, call, KEYS, c)
         s = warpgroup_mma_wait(1, [s_acc])
-        release_keys(memory, n + t, c)
+        release_keys(memory, keys, c)
         s = logits(s, scale, temperature, call, EDGES != NONE, c)
         if EDGES == END:
             s = gl.where(before_end(item, c), s, float("-inf"))
+        elif EDGES == ALL:
+            s = gl.where(visible, s, float("-inf"))
         elif EDGES == SOME:
-            whole = (t < place.stop_new) | ((t >= place.start_pool) & (t < place.stop_pool))
-            if not whole:
-                s = gl.where(seen(t, tiles, place, item, call, KEYS, c), s, float("-inf"))
+            s = hide(s, t, tiles, place, item, call, KEYS, c)
         w, alpha, m, l = weigh(s, state.m, state.l, scale, EDGES != NONE, c)
         if c.V_SCALED and (c.UNIFIED or KEYS != NEW):
             w = w * v_scale
         p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
+        end_softmax(seat, memory, c)
         o, used = warpgroup_mma_wait(0, [o_acc, state.p])
-        memory.v_ring.release(n + t - 1)
-        state = State(o * gl.convert_layout(alpha, gl.SliceLayout(1, c.O))[:, None], m, l, p)
+        memory.v_ring.release(values)
+        state = State(o, m, l, p, alpha)
     return state
 
 
 @gluon.jit
-def attend(WHO: gl.constexpr, memory, call, item, tiles, row0, n, c):
+def attend(WHO: gl.constexpr, memory, call, item, tiles, row0, n, number, c):
     """(accumulator, maxima, sums) of a consumer's rows over the item's key tiles."""
     CAN_SKIP: gl.constexpr = WHO == 0 and c.CAUSAL and c.TOKENS > c.BLOCK_N
     place = place_of(item, tiles, row0, call, c)
     temperature = temperature_of(call, item, row0, c)
+    query = number % c.QUERIES * 2 + WHO
+    seat = Seat(query, number // c.QUERIES & 1, n)
+    mbarrier.wait(memory.q_full.index(query), seat.phase)
     if CAN_SKIP:  # the other consumer's diagonal tile
         if tiles.begin < place.begin:
-            skip_keys(memory, n + tiles.begin, c)
-    state = begin(WHO, memory, call, item, tiles, place, temperature, n, c)
+            skip_keys(memory, key_place(n + tiles.begin, tiles.begin, tiles, c), c)
+    state = begin(seat, memory, call, item, tiles, place, temperature, c)
     if CAN_SKIP:
         if tiles.begin < place.begin:
-            memory.v_ring.wait_full(n + tiles.begin)
-            memory.v_ring.release(n + tiles.begin)
+            values = value_place(n + tiles.begin, tiles.begin, tiles, c)
+            memory.v_ring.wait_full(values)
+            memory.v_ring.release(values)
+    if c.STAGED and c.QUERIES > 1:
+        if number > 0:  # the output before has left the query's place
+            tma.store_wait(0)
+            mbarrier.arrive(memory.q_empty.index((number - 1) % c.QUERIES * 2 + WHO), count=1)
     first = place.begin + 1
-    if c.WINDOW:
+    NEW_EDGES: gl.constexpr = ALL if c.MASK else NONE
+    if c.WINDOW or c.MASK_PREFIX:
         state = walk(
-            WHO, memory, call, item, tiles, place, temperature, state, n, first, tiles.end,
-            BOTH if c.HAS_POOL else NEW, SOME, c,
+            seat, memory, call, item, tiles, place, temperature, state, first, tiles.end,
+            BOTH if c.HAS_POOL else NEW, ALL if c.MASK else SOME, c,
         )  # fmt: skip
     elif not c.HAS_POOL:
         state = walk(
-            WHO, memory, call, item, tiles, place, temperature, state, n, first, tiles.end, NEW, NONE, c
+            seat, memory, call, item, tiles, place, temperature, state, first, tiles.end, NEW, NEW_EDGES, c
         )  # fmt: skip
     else:
         stop_new = gl.minimum(tiles.new_tiles, tiles.end)
         stop_cut = gl.minimum(place.start_pool, tiles.end)
-        state = walk(WHO, memory, call, item, tiles, place, temperature, state, n, first, stop_new, NEW, NONE, c)
+        state = walk(seat, memory, call, item, tiles, place, temperature, state, first, stop_new, NEW, NEW_EDGES, c)
         first_cut = gl.maximum(tiles.new_tiles, first)
-        state = walk(WHO, memory, call, item, tiles, place, temperature, state, n, first_cut, stop_cut, POOL, END, c)
+        state = walk(seat, memory, call, item, tiles, place, temperature, state, first_cut, stop_cut, POOL, END, c)
         first_pool = gl.maximum(place.start_pool, first)
         state = walk(
-            WHO, memory, call, item, tiles, place, temperature, state, n, first_pool, tiles.end, POOL, NONE, c
+            seat, memory, call, item, tiles, place, temperature, state, first_pool, tiles.end, POOL, NONE, c
         )  # fmt: skip
-    if c.V_SLICES == 1:  # else the epilogue needs the query's place
-        mbarrier.arrive(memory.q_empty.index(WHO), count=1)
-    o_acc = start_products(memory, state, n + tiles.end - 1, c)
+    if not c.STAGED:  # else the output leaves through the query's place
+        mbarrier.arrive(memory.q_empty.index(query), count=1)
+    state = rescaled(state, c)
+    values = value_place(n + tiles.end - 1, tiles.end - 1, tiles, c)
+    o_acc = start_products(memory, state, values, c)
     o, used = warpgroup_mma_wait(0, [o_acc, state.p])
-    memory.v_ring.release(n + tiles.end - 1)
-    return o, state.m, state.l
+    memory.v_ring.release(values)
+    return o, state.m, row_sums(state.l, c)
 
 
 @gluon.jit
@@ -195,84 +170,120 @@ def consume(WHO: gl.constexpr, call, memory, c):
         m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
         l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
         if (not c.SPLIT) or tiles.begin < tiles.end:
-            mbarrier.wait(memory.q_full.index(WHO), number & 1)
-            o, m, l = attend(WHO, memory, call, item, tiles, row0, n - tiles.begin, c)
+            o, m, l = attend(WHO, memory, call, item, tiles, row0, n - tiles.begin, number, c)
             n += tiles.end - tiles.begin
             number += 1
         if c.SPLIT:
             store_part(call, item, tiles, row0, head, o, m, l, c)
         else:
-            store(WHO, memory, call, item, row0, head, o, m, l, c)
-        if c.V_SLICES > 1:
-            if (not c.SPLIT) or tiles.begin < tiles.end:
-                fence_async_shared()
-                mbarrier.arrive(memory.q_empty.index(WHO), count=1)
+            query = (number - 1) % c.QUERIES * 2 + WHO
+            store(query, memory, call, item, row0, head, o, m, l, c)
+            if c.STAGED and c.QUERIES == 1:
+                tma.store_wait(0)
+                mbarrier.arrive(memory.q_empty.index(query), count=1)
         turn += 1
         item = receive(memory.board, turn, call, c)
+    if c.STAGED:
+        tma.store_wait(0)
 
 
 UNSPECIALIZED = [
-    "batch_size", "row_blocks", "splits", "window", "new_scale", "pool_scale", "v_scale", "logit_cap",
-    "temperature_len", "log2_temperature_len", "stride_ks", "stride_kg", "stride_vs", "stride_vg", "stride_ot",
-    "stride_oh",
+    "batch_size", "row_blocks", "splits", "sections", "window", "new_scale", "pool_scale", "v_scale", "logit_cap",
+    "temperature_len", "log2_temperature_len", "stride_ks", "stride_kg", "stride_vs", "stride_vg", "stride_vt",
+    "stride_vh", "stride_ot", "stride_oh",
 ]  # fmt: skip
-UNALIGNED = ["qo_indptr", "kv_indptr", "kv_indices", "prefix_lens", "sinks", "window_offsets", "q_positions", "lse"]
+UNALIGNED = [
+    "qo_indptr", "kv_indptr", "kv_indices", "prefix_lens", "custom_mask", "mask_indptr", "sinks", "window_offsets",
+    "q_positions", "lse",
+]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def tiled_kernel(
-    q_desc, k_desc, v_desc, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices, prefix_lens, sinks,
-    window_offsets, q_positions, partial, partial_ml, stride_ks, stride_kg, stride_vs, stride_vg, stride_ot, stride_oh,
-    batch_size, row_blocks, splits, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len,
-    log2_temperature_len,
+    q_desc, k_desc, v_desc, o_desc, k_runs, v_runs, v_new, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices,
+    prefix_lens, custom_mask, mask_indptr, sinks, window_offsets, q_positions, partial, partial_ml, stride_ks,
+    stride_kg, stride_vs, stride_vg, stride_vt, stride_vh, stride_ot, stride_oh, batch_size, row_blocks, splits,
+    sections, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len, log2_temperature_len,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr, K_CHUNKS: gl.constexpr,
-    BLOCK_DV: gl.constexpr, V_SLICES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    BLOCK_DV: gl.constexpr, V_SLICES: gl.constexpr, QUERIES: gl.constexpr, K_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr, ONE_RING: gl.constexpr, STAGED: gl.constexpr, LATENT: gl.constexpr, APART: gl.constexpr,
     SPLIT: gl.constexpr, HAS_POOL: gl.constexpr, UNIFIED: gl.constexpr, FP8: gl.constexpr, CAUSAL: gl.constexpr,
-    WINDOW: gl.constexpr, SINKS: gl.constexpr, CAP: gl.constexpr, TEMPERATURE: gl.constexpr,
-    Q_POSITIONS: gl.constexpr, LSE: gl.constexpr, V_SCALED: gl.constexpr, NEGATE: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr,
+    WINDOW: gl.constexpr, MASK: gl.constexpr, MASK_PREFIX: gl.constexpr, SINKS: gl.constexpr, CAP: gl.constexpr,
+    TEMPERATURE: gl.constexpr, Q_POSITIONS: gl.constexpr, LSE: gl.constexpr,
+    V_SCALED: gl.constexpr, NEGATE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    PRODUCER_WARPS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are ragged (launch_tiled.py); tensors as in ``Inputs``; numbers in the order of recipe.scalars."""
-    ARRIVALS: gl.constexpr = 128 if HAS_POOL else 1  # a gathered slot is filled by all threads of the producer
+    RUNS: gl.constexpr = k_runs is not None
+    COPIES: gl.constexpr = MASK and not UNIFIED  # new values come one by one too
+    # a gathered slot is filled by all threads of the producer
+    ARRIVALS: gl.constexpr = 32 * PRODUCER_WARPS if HAS_POOL or COPIES else 1
     OFFSETS: gl.constexpr = window_offsets is not None
+    BY_POSITION: gl.constexpr = WINDOW and Q_POSITIONS
+    SHARE: gl.constexpr = PARTS if LATENT else 1  # consumers that share a tile's scores
+    KEYS: gl.constexpr = BLOCK_N // SHARE
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     c = Shape(
-        NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 else 2 * ROWS, HEAD_DIM, HEAD_DIM_V, BLOCK_N,
-        K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, SPLIT, HAS_POOL, UNIFIED, FP8, CAUSAL, WINDOW, SINKS, CAP,
-        TEMPERATURE, Q_POSITIONS, OFFSETS, LSE, V_SCALED, NEGATE,
-        gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]), O, gl.DotOperandLayout(0, O, 2),
+        NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 or LATENT else 2 * ROWS, HEAD_DIM, HEAD_DIM_V,
+        BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, QUERIES, ONE_RING, STAGED, LATENT,
+        APART, SPLIT, HAS_POOL, (HAS_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW, MASK,
+        MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK or (WINDOW and SPLIT), OFFSETS, LSE,
+        V_SCALED, NEGATE, 0.0 if V_SCALED and q_desc.dtype == gl.float16 else SLACK,
+        gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]), O, gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip
     call = Call(
-        o, lse if LSE else o, partial if SPLIT else o, partial_ml if SPLIT else o, qo_indptr, kv_indptr,
-        prefix_lens if UNIFIED else o, sinks if SINKS else o, window_offsets if OFFSETS else o,
-        q_positions if Q_POSITIONS else o, gl.to_tensor(stride_ot), gl.to_tensor(stride_oh),
-        gl.to_tensor(batch_size), gl.to_tensor(row_blocks), gl.to_tensor(splits), gl.to_tensor(window),
-        gl.to_tensor(new_scale), gl.to_tensor(pool_scale),
-        gl.to_tensor(v_scale), gl.to_tensor(logit_cap), gl.to_tensor(temperature_len),
+        o_desc if STAGED else q_desc, o, lse if LSE else o, partial if SPLIT else o, partial_ml if SPLIT else o,
+        qo_indptr, kv_indptr, prefix_lens if UNIFIED else o, custom_mask if MASK else o, mask_indptr if MASK else o,
+        sinks if SINKS else o, window_offsets if OFFSETS else o, q_positions if Q_POSITIONS else o,
+        gl.to_tensor(stride_ot), gl.to_tensor(stride_oh), gl.to_tensor(batch_size), gl.to_tensor(row_blocks),
+        gl.to_tensor(splits), gl.to_tensor(sections), gl.to_tensor(window), gl.to_tensor(new_scale),
+        gl.to_tensor(pool_scale), gl.to_tensor(v_scale), gl.to_tensor(logit_cap), gl.to_tensor(temperature_len),
         gl.to_tensor(log2_temperature_len),
     )  # fmt: skip
     sources = Sources(
-        q_desc, k_desc, v_desc, k_pool if HAS_POOL else o, v_pool if HAS_POOL else o, kv_indices,
-        gl.to_tensor(stride_ks), gl.to_tensor(stride_kg), gl.to_tensor(stride_vs), gl.to_tensor(stride_vg),
+        q_desc, k_desc, v_desc, k_pool if HAS_POOL else o, v_pool if HAS_POOL else o,
+        o if v_new is None else v_new, kv_indices, gl.to_tensor(stride_ks), gl.to_tensor(stride_kg),
+        gl.to_tensor(stride_vs), gl.to_tensor(stride_vg), gl.to_tensor(stride_vt), gl.to_tensor(stride_vh),
+        k_runs if RUNS else q_desc, v_runs if RUNS else q_desc,
     )  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, K_COLUMNS], dtype)
-    K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, K_COLUMNS], dtype)
+    K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, K_COLUMNS], dtype)
     V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_DV], dtype)
     WORDS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_slots = gl.allocate_shared_memory(dtype, [K_CHUNKS * (1 if LATENT else 2 * QUERIES), ROWS, K_COLUMNS], Q_LAYOUT)
+    q_rest = q_slots
+    V_COLUMNS: gl.constexpr = BOX if LATENT else BLOCK_DV
+    weights = q_slots
+    maxima = q_slots
+    sums = q_slots
+    told = q_slots
+    if LATENT:
+        q_rest = gl.allocate_shared_memory(dtype, [1, ROWS, BOX], Q_LAYOUT)
+        W_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, KEYS], dtype)
+        weights = gl.allocate_shared_memory(dtype, [PARTS, ROWS, KEYS], W_LAYOUT)
+        maxima = gl.allocate_shared_memory(gl.float32, [PARTS, ROWS], WORDS)
+        sums = gl.allocate_shared_memory(gl.float32, [PARTS, ROWS], WORDS)
+        told = barriers(6, 1)
+    k_ring = Ring(
+        gl.allocate_shared_memory(dtype, [K_STAGES * SHARE, KEYS, K_COLUMNS], K_LAYOUT),
+        barriers(K_STAGES * SHARE, ARRIVALS), barriers(K_STAGES * SHARE, 2), K_STAGES * SHARE,
+    )  # fmt: skip
+    v_ring = k_ring
+    if not ONE_RING:
+        v_ring = Ring(
+            gl.allocate_shared_memory(dtype, [V_STAGES * SHARE, KEYS, V_COLUMNS], V_LAYOUT),
+            barriers(V_STAGES * SHARE, ARRIVALS), barriers(V_STAGES * SHARE, 1 if LATENT else 2), V_STAGES * SHARE,
+        )  # fmt: skip
     memory = Memory(
-        gl.allocate_shared_memory(dtype, [2 * K_CHUNKS, ROWS, K_COLUMNS], Q_LAYOUT),
-        barriers(2, 1),
-        barriers(2, 1),
-        Ring(
-            gl.allocate_shared_memory(dtype, [K_STAGES, BLOCK_N, K_COLUMNS], K_LAYOUT),
-            barriers(K_STAGES, ARRIVALS), barriers(K_STAGES, 2), K_STAGES,
-        ),
-        Ring(
-            gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, BLOCK_DV], V_LAYOUT),
-            barriers(V_STAGES, ARRIVALS), barriers(V_STAGES, 2), V_STAGES,
-        ),
+        q_slots,
+        q_rest,
+        barriers(2 * QUERIES, 1),
+        barriers(2 * QUERIES, 1),
+        k_ring,
+        v_ring,
+        weights, maxima, sums, told,
         Ring(
             gl.allocate_shared_memory(gl.int32, [MESSAGES * FIELDS, 1], WORDS),
             barriers(MESSAGES, 1), barriers(MESSAGES, 2), MESSAGES,
@@ -281,9 +292,9 @@ def tiled_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (consume, (0, call, memory, c)),
-            (consume, (1, call, memory, c)),
-            (produce, (sources, call, memory, ARRIVALS, c)),
+            (consume_latent if LATENT else consume, (0, call, memory, c)),
+            (consume_latent if LATENT else consume, (1, call, memory, c)),
+            (produce_latent if LATENT else produce_codes if FP8 else produce, (sources, call, memory, ARRIVALS, c)),
         ],
         [4, PRODUCER_WARPS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -4,10 +4,11 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ..softmax import LN2, LOG2E
-from .gluon_compat import constexpr_function, reinterpret
-from .tiled_work import ROWS
+from .gluon_compat import constexpr_function, reinterpret, tma_store
+from .tiled_work import ROWS, box_at
 
 
 @constexpr_function
@@ -19,17 +20,15 @@ def output_layout(columns):
 
 
 @gluon.jit
-def store(WHO: gl.constexpr, memory, call, item, row0, head, o, m, l, c):
-    """Sink, division, output and LSE. Where value columns are sliced, no shared memory is left to change the output's
-    layout in but the consumer's query tile, which holds 16-bit types."""
-    STAGED: gl.constexpr = c.V_SLICES > 1
-    DIRECT: gl.constexpr = STAGED and call.o.dtype.element_ty == gl.float32
-    OUT: gl.constexpr = c.O if DIRECT else output_layout(c.BLOCK_DV)
+def store(query, memory, call, item, row0, head, o, m, l, c):
+    """Sink, division, output and LSE. STAGED: TMA is on its way with the output from the place of query tile ``query``
+    when this returns. Else it changes its layout for 16-byte stores, unless no shared memory is left to do that in."""
     if c.SINKS:
         sink = gl.load(call.sinks + head).to(gl.float32) * LOG2E
         m_new = gl.maximum(m, sink)
-        alpha = gl.exp2(m - m_new)
-        l = l * alpha + gl.exp2(sink - m_new)
+        finite = gl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = gl.exp2(m - finite)
+        l = l * alpha + gl.exp2(sink - finite)
         o = o * gl.convert_layout(alpha, gl.SliceLayout(1, c.O))[:, None]
         m = m_new
     if c.LSE:
@@ -37,23 +36,29 @@ def store(WHO: gl.constexpr, memory, call, item, row0, head, o, m, l, c):
             token = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, c.S))
             at = (item.q_start + token).to(gl.int64) * c.NUM_HEADS + head
             gl.store(call.lse + at, (m + gl.log2(l)) * LN2, mask=token < item.extend_len)
+    if c.UNSEEN:  # 0 for a row that saw nothing; its LSE is -inf
+        l = gl.where(l == 0.0, 1.0, l)
     o = o * gl.convert_layout(1.0 / l, gl.SliceLayout(1, c.O))[:, None]
-    if DIRECT:
-        out = o
-    elif STAGED:
-        TILES: gl.constexpr = c.K_CHUNKS * c.K_COLUMNS // c.BLOCK_DV  # of a consumer's query
+    if c.STAGED:
+        # output tiles in a query tile's place; that of LATENT's one query has the two consumers'
+        TILES: gl.constexpr = 1 if c.LATENT else c.K_CHUNKS * c.K_COLUMNS // c.BLOCK_DV
         slots = memory.q_slots
-        tile = reinterpret(slots, slots.dtype, [2 * TILES, ROWS, c.BLOCK_DV], memory.v_ring.slots.layout)
-        tile.index(WHO * TILES).store(o.to(slots.dtype))
-        out = tile.index(WHO * TILES).load(OUT)
+        NUMBER: gl.constexpr = 2 * c.QUERIES * TILES
+        places = reinterpret(slots, slots.dtype, [NUMBER, ROWS, c.BLOCK_DV], memory.v_ring.slots.layout)
+        place = places.index(query * TILES)
+        place.store(o.to(slots.dtype))
+        fence_async_shared()
+        tma_store(call.o_desc, box_at(item, row0, head, item.v_slice * c.BLOCK_DV), place)
     else:
+        DIRECT: gl.constexpr = c.V_SLICES > 1
+        OUT: gl.constexpr = c.O if DIRECT else output_layout(c.BLOCK_DV)
         out = gl.convert_layout(o.to(call.o.dtype.element_ty), OUT)
-    token = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
-    column = item.v_slice * c.BLOCK_DV + gl.arange(0, c.BLOCK_DV, layout=gl.SliceLayout(0, OUT))
-    base = call.o + head.to(gl.int64) * call.stride_oh
-    pointers = base + ((item.q_start + token).to(gl.int64) * call.stride_ot)[:, None] + column[None, :]
-    pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])
-    gl.store(pointers, out, mask=(token < item.extend_len)[:, None] & (column < c.HEAD_DIM_V)[None, :])
+        token = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+        column = item.v_slice * c.BLOCK_DV + gl.arange(0, c.BLOCK_DV, layout=gl.SliceLayout(0, OUT))
+        base = call.o + head.to(gl.int64) * call.stride_oh
+        pointers = base + ((item.q_start + token).to(gl.int64) * call.stride_ot)[:, None] + column[None, :]
+        pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])
+        gl.store(pointers, out, mask=(token < item.extend_len)[:, None] & (column < c.HEAD_DIM_V)[None, :])
 
 
 @gluon.jit

@@ -12,31 +12,38 @@ a row that it does see, and their scores are masked.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .fp8_rows import load_codes, put_codes
-from .gluon_compat import gather_load, struct, tma_load
-from .tiled_schedule import count_blocks, find_item, item_index, publish
-from .tiled_work import ROWS, tiles_of
+from .gluon_compat import constexpr_function, gather_load, reinterpret, struct, tma_load
+from .tiled_masks import some_row_sees
+from .tiled_schedule import announce, announced, count_blocks, search_at
+from .tiled_work import ROWS, box_at, key_place, tiles_of, value_place
 
 
 @struct
 class Sources:
-    """Where rows come from: ragged descriptors of q, k and v, the pools [slots, heads, dim] and the slots' numbers."""
+    """Where rows come from: ragged descriptors of q, k and v, the pools [slots, heads, dim] and the slots' numbers; v
+    once more, for rows that a mask may hide."""
 
     q: tma.tensor_descriptor
     k: tma.tensor_descriptor
     v: tma.tensor_descriptor
     k_pool: gl.tensor
     v_pool: gl.tensor
+    v_new: gl.tensor
     kv_indices: gl.tensor
     stride_ks: gl.tensor
     stride_kg: gl.tensor
     stride_vs: gl.tensor
     stride_vg: gl.tensor
+    stride_vt: gl.tensor
+    stride_vh: gl.tensor
+    k_runs: tma.tensor_descriptor
+    v_runs: tma.tensor_descriptor
 
 
-RAGGED: gl.constexpr = gl.constexpr(1 << 30)  # rows of a ragged descriptor's last-but-two dimension
+RUN = gl.constexpr(64)  # consecutive slots that TMA loads at once; with 16, boxes wait for one another
+PANEL = gl.constexpr(64)  # columns of a swizzled panel
 
 
 @gluon.jit
@@ -45,17 +52,16 @@ def load_box(desc, item, row, head, column, barrier, destination, bytes: gl.cons
     if arrivals > 1:
         mbarrier.arrive(barrier, count=arrivals - 1)
     mbarrier.expect(barrier, bytes)
-    end = item.q_start + item.extend_len
-    tma_load(desc, [RAGGED, end, RAGGED - item.extend_len + row, head, column], barrier, destination)
+    tma_load(desc, box_at(item, row, head, column), barrier, destination)
 
 
 @gluon.jit
 def load_query(desc, item, memory, number, c):
     BYTES: gl.constexpr = ROWS * c.K_COLUMNS * c.K_CHUNKS * 2
-    end = item.q_start + item.extend_len
     for who in gl.static_range(2):
-        mbarrier.wait(memory.q_empty.index(who), (number & 1) ^ 1)
-        mbarrier.expect(memory.q_full.index(who), BYTES)
+        query = number % c.QUERIES * 2 + who
+        mbarrier.wait(memory.q_empty.index(query), (number // c.QUERIES & 1) ^ 1)
+        mbarrier.expect(memory.q_full.index(query), BYTES)
         row = item.first
         head = item.head_block * c.HEADS
         if c.HEADS == 2:
@@ -65,9 +71,9 @@ def load_query(desc, item, memory, number, c):
         for chunk in gl.static_range(c.K_CHUNKS):
             tma_load(
                 desc,
-                [RAGGED, end, RAGGED - item.extend_len + row, head, chunk * c.K_COLUMNS],
-                memory.q_full.index(who),
-                memory.q_slots.index(who * c.K_CHUNKS + chunk),
+                box_at(item, row, head, chunk * c.K_COLUMNS),
+                memory.q_full.index(query),
+                memory.q_slots.index(query * c.K_CHUNKS + chunk),
             )
 
 
@@ -92,124 +98,223 @@ def load_values(desc, item, tile, head, ring, n, arrivals: gl.constexpr, c):
 
 @gluon.jit
 def gather(
-    rows, column, limit: gl.constexpr, columns: gl.constexpr, PADDED: gl.constexpr, barrier, destination,
-    LAYOUT: gl.constexpr,
+    rows, exists, column, limit: gl.constexpr, columns: gl.constexpr, PADDED: gl.constexpr, HIDDEN: gl.constexpr,
+    barrier, destination, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Columns [column, column + columns) of the rows at pointers ``rows``; zeros from ``limit`` on, if PADDED."""
+    """Columns [column, column + columns) of the rows at pointers ``rows``; zeros from ``limit`` on, if PADDED, and for
+    rows that do not exist, if HIDDEN."""
     offset = column + gl.arange(0, columns, layout=gl.SliceLayout(0, LAYOUT))
     pointers = rows[:, None] + offset[None, :]
     pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])
-    if PADDED:
+    if HIDDEN:
+        gather_load(destination, pointers, mask=exists[:, None] & (offset < limit)[None, :])
+    elif PADDED:
         gather_load(destination, pointers, mask=(offset < limit)[None, :])
     else:
         gather_load(destination, pointers)
     async_copy.mbarrier_arrive(barrier, increment_count=False)
 
 
-@gluon.jit
-def convert(rows, slots, COLUMN: gl.constexpr, limit: gl.constexpr, columns: gl.constexpr, ring, n,
-            LAYOUT: gl.constexpr, c):  # fmt: skip
-    """``gather`` of an fp8 pool's rows, by pointers to words of four codes; these wait in registers for the slot."""
-    codes = load_codes(rows, slots >= 0, COLUMN, columns, limit, LAYOUT)
-    ring.wait_empty(n)
-    put_codes(ring.slot(n), codes, 0, c.FP8, ring.slots.dtype == gl.float16)
-    fence_async_shared()
-    mbarrier.arrive(ring.filled(n), count=gl.num_warps() * 32)
+@struct
+class Slots:
+    """Pool slots of a tile's keys, for each row that a thread copies. ``start``: where they are in the item's key list.
+    ``strays``: 0 if TMA can load the tile."""
+
+    slots: gl.tensor
+    strays: gl.tensor
+    start: gl.tensor
+
+
+@constexpr_function
+def slots_layout(warps):
+    return gl.SliceLayout(1, gl.BlockedLayout([1, 8], [4, 8], [warps, 1], [1, 0]))
+
+
+@constexpr_function
+def all_keys_layout(keys, warps):
+    """Every warp holds all keys."""
+    registers = [[32 << i] for i in range((keys // 32).bit_length() - 1)]
+    lanes = [[1 << i] for i in range(5)]
+    return gl.DistributedLinearLayout(registers, lanes, [[0]] * (warps.bit_length() - 1), [], [keys])
 
 
 @gluon.jit
-def rows_of(base, slots, stride, c):
-    """Pointers to the rows of ``slots``; of an fp8 pool, to words of four codes."""
-    if c.FP8:
-        return base.to(gl.pointer_type(gl.int32), bitcast=True) + slots.to(gl.int64) * (stride // 4)
-    else:
-        return base + slots.to(gl.int64) * stride
+def no_slots(c):
+    return Slots(gl.zeros([c.BLOCK_N], gl.int32, slots_layout(gl.num_warps())), gl.to_tensor(0), gl.to_tensor(0))
 
 
 @gluon.jit
-def gather_keys(base, slots, stride, ring, n, LAYOUT: gl.constexpr, c):
-    PADDED: gl.constexpr = c.HEAD_DIM != c.K_COLUMNS * c.K_CHUNKS
-    rows = rows_of(base, slots, stride, c)
-    for chunk in gl.static_range(c.K_CHUNKS):
-        at = n * c.K_CHUNKS + chunk
-        if c.FP8:
-            convert(rows, slots, chunk * c.K_COLUMNS, c.HEAD_DIM, c.K_COLUMNS, ring, at, LAYOUT, c)
-        else:
-            ring.wait_empty(at)
-            gather(rows, chunk * c.K_COLUMNS, c.HEAD_DIM, c.K_COLUMNS, PADDED, ring.filled(at), ring.slot(at), LAYOUT)
-
-
-@gluon.jit
-def gather_values(base, slots, stride, v_slice, ring, n, LAYOUT: gl.constexpr, c):
-    PADDED: gl.constexpr = c.HEAD_DIM_V != c.BLOCK_DV * c.V_SLICES
-    rows = rows_of(base, slots, stride, c)
-    if c.FP8:
-        rows += v_slice * (c.BLOCK_DV // 4)
-        convert(rows, slots, 0, c.HEAD_DIM_V, c.BLOCK_DV, ring, n, LAYOUT, c)
-    else:
-        ring.wait_empty(n)
-        gather(rows, v_slice * c.BLOCK_DV, c.HEAD_DIM_V, c.BLOCK_DV, PADDED, ring.filled(n), ring.slot(n), LAYOUT)
-
-
-@gluon.jit
-def slots_of(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
-    """Pool slots of prefix tile t's keys; keys that the item does not see repeat one that it does."""
+def slots_of(kv_indices, item, tiles, t, c):
+    """The Slots of tile t. Keys that the item does not see repeat one that it does; before the prefix's tiles and past
+    their end they mean nothing, but are slots of the item."""
     start = (tiles.pool_hi - 1 - (t - tiles.new_tiles)) * c.BLOCK_N
-    key = start + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
-    key = gl.maximum(gl.minimum(key, item.prefix_len - 1), tiles.pool_first)
-    return gl.load(kv_indices + key).to(gl.int32)  # half the registers
+    first = tiles.pool_first
+    last = item.prefix_len - 1
+    if c.UNIFIED:
+        new = t < tiles.new_tiles
+        start = gl.where(new, item.prefix_len + (tiles.new_hi - 1 - t) * c.BLOCK_N, start)
+        last = gl.where(new, item.prefix_len + item.extend_len - 1, last)
+    key = start + gl.arange(0, c.BLOCK_N, layout=slots_layout(gl.num_warps()))
+    slots = gl.load(kv_indices + gl.maximum(gl.minimum(key, last), first), mask=key * 0 + last >= first, other=0)
+    strays = gl.to_tensor(0)
+    if c.RUNS:  # the ends of the first run alone: slots in no order then cost next to nothing
+        inside = (start >= first) & (start + c.BLOCK_N - 1 <= last)
+        begin = gl.load(kv_indices + start, mask=inside, other=0).to(gl.int32)
+        strays = gl.load(kv_indices + start + (RUN - 1), mask=inside, other=0).to(gl.int32) - begin - (RUN - 1)
+    return Slots(slots.to(gl.int32), strays, start)  # half the registers
 
 
 @gluon.jit
-def new_slots_of(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
-    """Pool slots of new tile t's keys in a unified call; past the end, the last one's."""
-    key = (tiles.new_hi - 1 - t) * c.BLOCK_N + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
-    return gl.load(kv_indices + item.prefix_len + gl.minimum(key, item.extend_len - 1)).to(gl.int32)
+def arrived(kv_indices, slots, c):
+    """The slots, once they are needed; ``strays`` counts keys that do not follow the first of their RUN. Each warp
+    looks at all keys, so that none waits for another."""
+    strays = slots.strays
+    if c.RUNS:
+        if strays == 0:
+            key = gl.arange(0, c.BLOCK_N, layout=all_keys_layout(c.BLOCK_N, gl.num_warps()))
+            own = gl.load(kv_indices + slots.start + key).to(gl.int32)
+            begin = gl.load(kv_indices + slots.start + key // RUN * RUN).to(gl.int32)
+            strays = gl.sum((own - begin != key % RUN).to(gl.int32), 0)
+    return Slots(slots.slots, strays, slots.start)
+
+
+@gluon.jit
+def load_runs(desc, kv_indices, start, head, column, barrier, destination):
+    """Rows from key ``start`` on, at consecutive slots, by TMA, into a slot of the ring. That is panels of 64 columns,
+    each all rows high: boxes are as wide as it where they are as high, else as wide as a panel."""
+    COLUMNS: gl.constexpr = destination.shape[1]
+    PANELS: gl.constexpr = COLUMNS // PANEL
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    mbarrier.arrive(barrier, count=gl.num_warps() * 32 - 1)
+    BOX: gl.constexpr = desc.block_shape[0]  # rows
+    BOXES: gl.constexpr = destination.shape[0] // BOX
+    mbarrier.expect(barrier, destination.shape[0] * COLUMNS * 2)
+    if desc.block_shape[2] == COLUMNS and BOXES == 1:
+        tma_load(desc, [gl.load(kv_indices + start).to(gl.int32), head, column], barrier, destination)
+    else:
+        boxes = reinterpret(destination, destination.dtype, [PANELS * BOXES, BOX, PANEL], LAYOUT)
+        for box in gl.static_range(BOXES):
+            slot = gl.load(kv_indices + start + box * BOX).to(gl.int32)
+            for panel in gl.static_range(PANELS):
+                tma_load(desc, [slot, head, column + panel * PANEL], barrier, boxes.index(panel * BOXES + box))
+
+
+@gluon.jit
+def rows_of(base, slots, stride, LAYOUT: gl.constexpr):
+    """Pointers to the rows of ``slots``."""
+    return base + gl.convert_layout(slots.slots, gl.SliceLayout(1, LAYOUT)).to(gl.int64) * stride
+
+
+@gluon.jit
+def gather_keys(sources, head, slots, kv_indices, ring, n, LAYOUT: gl.constexpr, c):
+    PADDED: gl.constexpr = c.HEAD_DIM != c.K_COLUMNS * c.K_CHUNKS
+    if c.RUNS and slots.strays == 0:
+        for chunk in gl.static_range(c.K_CHUNKS):
+            at = n * c.K_CHUNKS + chunk
+            ring.wait_empty(at)
+            column = chunk * c.K_COLUMNS
+            load_runs(sources.k_runs, kv_indices, slots.start, head, column, ring.filled(at), ring.slot(at))
+    else:
+        rows = rows_of(sources.k_pool + head.to(gl.int64) * sources.stride_kg, slots, sources.stride_ks, LAYOUT)
+        for chunk in gl.static_range(c.K_CHUNKS):
+            at = n * c.K_CHUNKS + chunk
+            column = chunk * c.K_COLUMNS
+            ring.wait_empty(at)
+            gather(rows, rows, column, c.HEAD_DIM, c.K_COLUMNS, PADDED, False, ring.filled(at), ring.slot(at), LAYOUT)
+
+
+@gluon.jit
+def gather_values(sources, item, tiles, t, head, slots, kv_indices, ring, n, LAYOUT: gl.constexpr, call, c):
+    """Tile t's values, which lie in ``slots`` of the pool."""
+    PADDED: gl.constexpr = c.HEAD_DIM_V != c.BLOCK_DV * c.V_SLICES
+    column = item.v_slice * c.BLOCK_DV
+    if c.RUNS and (not c.MASK_PREFIX) and slots.strays == 0:
+        ring.wait_empty(n)
+        load_runs(sources.v_runs, kv_indices, slots.start, head, column, ring.filled(n), ring.slot(n))
+    else:
+        rows = rows_of(sources.v_pool + head.to(gl.int64) * sources.stride_vg, slots, sources.stride_vs, LAYOUT)
+        exists = rows
+        if c.MASK_PREFIX:
+            exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
+        ring.wait_empty(n)
+        gather(
+            rows, exists, column, c.HEAD_DIM_V, c.BLOCK_DV, PADDED, c.MASK_PREFIX, ring.filled(n), ring.slot(n), LAYOUT
+        )
+
+
+@gluon.jit
+def new_rows(sources, item, tiles, t, head, LAYOUT: gl.constexpr, c):
+    """Pointers to new tile t's values, where they are contiguous; past the sequence's end they mean nothing."""
+    token = (tiles.new_hi - 1 - t) * c.BLOCK_N + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+    rows = sources.v_new + head.to(gl.int64) * sources.stride_vh
+    return rows + (item.q_start + token).to(gl.int64) * sources.stride_vt
+
+
+@gluon.jit
+def new_values(sources, item, tiles, t, head, ring, n, ARRIVALS: gl.constexpr, call, c):
+    """New tile t's values: through TMA, or without those that a mask hides from all rows of the item."""
+    if c.MASK:
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+        exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
+        rows = new_rows(sources, item, tiles, t, head, LAYOUT, c)
+        ring.wait_empty(n)
+        column = item.v_slice * c.BLOCK_DV
+        gather(
+            rows, exists, column, c.HEAD_DIM_V, c.BLOCK_DV, True, True, ring.filled(n), ring.slot(n), LAYOUT
+        )
+    else:
+        load_values(sources.v, item, tiles.new_hi - 1 - t, head, ring, n, ARRIVALS, c)
 
 
 @gluon.jit
 def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
-    """K of tile t + 1 goes before V of tile t: that is the order in which consumers ask for them."""
-    # a thread's share of a row: 8 elements of 16 bits, or 8 codes in two words
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2 if c.FP8 else 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    program = gl.program_id(0)
+    """K of tile t + 1 goes before V of tile t: that is the order in which consumers ask for them. Slots are looked up
+    a tile ahead, the next item while consumers have the first tiles of this one."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     total = count_blocks(call, c)
     n = 0
     number = 0
     turn = 0
-    working = total * 0 + 1
-    while working != 0:
-        item, rest, kv_start = find_item(item_index(turn, program, gl.num_programs(0)), total, call, c)
-        publish(memory.board, item, rest, turn)
-        turn += 1
-        working = item.extend_len
-        if working != 0:
-            tiles = tiles_of(item, call, c)
-            if tiles.begin < tiles.end:
-                head = item.head_block * c.HEADS // c.GROUP
-                k_base = sources.k_pool + head.to(gl.int64) * sources.stride_kg
-                v_base = sources.v_pool + head.to(gl.int64) * sources.stride_vg
-                slots = gl.zeros([c.BLOCK_N], gl.int32, gl.SliceLayout(1, LAYOUT))
-                following = slots
-                for t in range(tiles.begin, tiles.end + 1):
-                    if t < tiles.end:
-                        if (not c.UNIFIED) and t < tiles.new_tiles:
-                            tile = tiles.new_hi - 1 - t
-                            load_keys(sources.k, item, tile, head, memory.k_ring, n, ARRIVALS, c)
-                        elif c.HAS_POOL:
-                            if c.UNIFIED and t < tiles.new_tiles:
-                                following = new_slots_of(sources.kv_indices + kv_start, item, tiles, t, LAYOUT, c)
-                            else:
-                                following = slots_of(sources.kv_indices + kv_start, item, tiles, t, LAYOUT, c)
-                            gather_keys(k_base, following, sources.stride_ks, memory.k_ring, n, LAYOUT, c)
-                    if t == tiles.begin:
+    announce(memory.board, turn, total, call, c)
+    item, kv_start = announced(memory.board, turn, call, c)
+    while item.extend_len != 0:
+        tiles = tiles_of(item, call, c)
+        works = tiles.begin < tiles.end
+        head = item.head_block * c.HEADS // c.GROUP
+        kv_indices = sources.kv_indices + kv_start
+        slots = no_slots(c)
+        following = slots
+        if c.HAS_POOL:
+            ahead = slots_of(kv_indices, item, tiles, tiles.begin, c)
+        if c.QUERIES > 1:
+            if works:
+                load_query(sources.q, item, memory, number, c)
+        for t in range(tiles.begin, tiles.end + 1):
+            keys_at = key_place(n, t, tiles, c)
+            values_at = value_place(n - 1, t - 1, tiles, c)
+            if c.HAS_POOL:
+                following = arrived(kv_indices, ahead, c)
+                ahead = slots_of(kv_indices, item, tiles, t + 1, c)
+            if t < tiles.end:
+                if (not c.UNIFIED) and t < tiles.new_tiles:
+                    load_keys(sources.k, item, tiles.new_hi - 1 - t, head, memory.k_ring, keys_at, ARRIVALS, c)
+                elif c.HAS_POOL:
+                    gather_keys(sources, head, following, kv_indices, memory.k_ring, keys_at, LAYOUT, c)
+            if t == tiles.begin:
+                if c.QUERIES == 1:
+                    if works:
                         load_query(sources.q, item, memory, number, c)
-                    elif (not c.UNIFIED) and t <= tiles.new_tiles:
-                        load_values(sources.v, item, tiles.new_hi - t, head, memory.v_ring, n - 1, ARRIVALS, c)
-                    elif c.HAS_POOL:
-                        v_ring = memory.v_ring
-                        gather_values(v_base, slots, sources.stride_vs, item.v_slice, v_ring, n - 1, LAYOUT, c)
-                    slots = following
-                    n += 1
-                n -= 1
-                number += 1
+            elif (not c.UNIFIED) and t <= tiles.new_tiles:
+                new_values(sources, item, tiles, t - 1, head, memory.v_ring, values_at, ARRIVALS, call, c)
+            elif c.HAS_POOL:
+                gather_values(
+                    sources, item, tiles, t - 1, head, slots, kv_indices, memory.v_ring, values_at, LAYOUT, call, c
+                )  # fmt: skip
+            if t == search_at(tiles):
+                announce(memory.board, turn + 1, total, call, c)
+            slots = following
+            n += 1
+        n -= 1
+        number += works.to(gl.int32)
+        turn += 1
+        item, kv_start = announced(memory.board, turn, call, c)

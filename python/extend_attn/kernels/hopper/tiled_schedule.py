@@ -3,6 +3,9 @@
 Items are in order of falling cost over the whole batch. An item's *level* is the number of blocks of keys that it
 sees; the sequence's last block of rows has the highest. Program p of P takes items p, 2P - 1 - p, 2P + p, ...: rounds
 run to and fro, which evens out what the programs get. Lengths are read on the device, so a graph may change them.
+
+Where keys and values are more than the L2 holds, heads go in *sections*, one after the other, each with all its items
+in this order: what one level of a section has read the next ones find.
 """
 
 # Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
@@ -14,14 +17,41 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from .tiled_work import Item
 
 CHUNK = gl.constexpr(128)  # sequences looked at in one step
-FIELDS = gl.constexpr(8)  # words a message, of which 6 are used
+FIELDS = gl.constexpr(8)  # words a message
 MESSAGES = gl.constexpr(2)
 
 
 @gluon.jit
-def item_index(turn, program, programs):
-    """The ``turn``-th item of a program."""
-    return gl.where(turn % 2 == 0, turn * programs + program, (turn + 1) * programs - 1 - program)
+def _items_a_block(call, c):
+    """Items of a block of rows in one section of the heads."""
+    SLICES: gl.constexpr = 1 if c.LATENT else c.V_SLICES
+    return c.HEAD_BLOCKS * SLICES * call.splits // call.sections
+
+
+@gluon.jit
+def _share(place, programs, size):
+    """How many of a section's ``size`` items the program in a place gets."""
+    rounds = gl.cdiv(size, programs)
+    last = gl.where(rounds % 2 == 1, (rounds - 1) * programs + place, rounds * programs - 1 - place)
+    return gl.maximum(rounds - (last >= size).to(gl.int32), 0)
+
+
+@gluon.jit
+def item_index(turn, total, call, c):
+    """The ``turn``-th item of this program; past the last one's end if there is none."""
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    size = total * _items_a_block(call, c)
+    first = _share(program, programs, size)  # of an even section; in an odd one the programs go the other way
+    both = first + _share(programs - 1 - program, programs, size)
+    pair = turn // gl.maximum(both, 1)
+    turn = turn % gl.maximum(both, 1)
+    odd = turn >= first
+    place = gl.where(odd, programs - 1 - program, program)
+    turn = gl.where(odd, turn - first, turn)
+    at = gl.where(turn % 2 == 0, turn * programs + place, (turn + 1) * programs - 1 - place)
+    index = (2 * pair + odd.to(gl.int32)) * size + at
+    return gl.where(both == 0, size * call.sections, index)
 
 
 @gluon.jit
@@ -108,9 +138,11 @@ def find_block(rank, total, call, c):
 @gluon.jit
 def find_item(index, total, call, c):
     """(item ``index``, where its prefix slots start); ``total`` blocks of rows are in the batch."""
-    inner = c.HEAD_BLOCKS * c.V_SLICES * call.splits
-    rank = index // inner
-    rest = index % inner
+    inner = _items_a_block(call, c)
+    size = gl.maximum(total * inner, 1)
+    section = index // size
+    rank = gl.where(section < call.sections, index % size // inner, total)
+    rest = section * inner + index % inner
     kv_start = gl.to_tensor(0).to(gl.int64)
     prefix_len = gl.to_tensor(0)
     q_start = gl.to_tensor(0)
@@ -141,9 +173,10 @@ def find_item(index, total, call, c):
 @gluon.jit
 def item_of(sequence, block, q_start, extend_len, prefix_len, rest, call, c):
     """``rest`` counts head blocks, splits and value slices, the last fastest: neighbours read the same keys."""
-    v_slice = rest % c.V_SLICES
-    split = rest // c.V_SLICES % call.splits
-    head_block = rest // c.V_SLICES // call.splits
+    SLICES: gl.constexpr = 1 if c.LATENT else c.V_SLICES
+    v_slice = rest % SLICES
+    split = rest // SLICES % call.splits
+    head_block = rest // SLICES // call.splits
     return Item(sequence, block, block * c.TOKENS, q_start, extend_len, prefix_len, head_block, v_slice, split)
 
 
@@ -160,7 +193,7 @@ def _get(board, at):
 
 
 @gluon.jit
-def publish(board, item, rest, number):
+def publish(board, item, rest, kv_start, number):
     """Tells the consumers the producer's ``number``-th item."""
     board.wait_empty(number)
     at = number % MESSAGES * FIELDS
@@ -170,19 +203,50 @@ def publish(board, item, rest, number):
     _put(board.slots, at + 3, item.extend_len)
     _put(board.slots, at + 4, item.prefix_len)
     _put(board.slots, at + 5, rest)
+    _put(board.slots, at + 6, kv_start.to(gl.int32))
+    _put(board.slots, at + 7, (kv_start >> 32).to(gl.int32))
     mbarrier.arrive(board.filled(number), count=1)
 
 
 @gluon.jit
-def receive(board, number, call, c):
-    """A consumer's ``number``-th item."""
-    board.wait_full(number)
-    at = number % MESSAGES * FIELDS
+def announce(board, turn, total, call, c):
+    """Finds the program's ``turn``-th item and tells the consumers."""
+    index = item_index(turn, total, call, c)
+    item, rest, kv_start = find_item(index, total, call, c)
+    publish(board, item, rest, kv_start, turn)
+
+
+@gluon.jit
+def search_at(tiles):
+    """The step of an item's loop in which the producer finds the next one: the ring is full, or there is nothing to
+    load."""
+    return gl.where(tiles.begin < tiles.end, tiles.begin + 1, tiles.begin)
+
+
+@gluon.jit
+def announced(board, turn, call, c):
+    """(item, where its prefix slots start) as the producer told; it reads its own words, and waits for nothing."""
+    at = turn % MESSAGES * FIELDS
+    low = _get(board.slots, at + 6).to(gl.uint32, bitcast=True).to(gl.int64)
+    high = _get(board.slots, at + 7).to(gl.int64)
+    return _read(board, at, call, c), (high << 32) + low
+
+
+@gluon.jit
+def receive(board, turn, call, c):
+    """A consumer's ``turn``-th item."""
+    board.wait_full(turn)
+    item = _read(board, turn % MESSAGES * FIELDS, call, c)
+    board.release(turn)
+    return item
+
+
+@gluon.jit
+def _read(board, at, call, c):
     sequence = _get(board.slots, at)
     block = _get(board.slots, at + 1)
     q_start = _get(board.slots, at + 2)
     extend_len = _get(board.slots, at + 3)
     prefix_len = _get(board.slots, at + 4)
     rest = _get(board.slots, at + 5)
-    board.release(number)
     return item_of(sequence, block, q_start, extend_len, prefix_len, rest, call, c)

@@ -1,4 +1,4 @@
-"""Logits, masks and the online softmax of a consumer's tile [rows, keys], in base 2 as in kernels/softmax.py."""
+"""Logits and the online softmax of a consumer's tile [rows, keys], in base 2 as in kernels/softmax.py."""
 
 # Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
 
@@ -6,10 +6,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..softmax import LOG2E
-from .tiled_work import ROWS
+from .gluon_compat import constexpr_function
+from .tiled_masks import NEW, POOL
+from .tiled_work import ROWS, offset_of
 
-# Where the key tiles of a loop lie.
-NEW, POOL, BOTH = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+SLACK = gl.constexpr(8.0)  # what weigh lets a maximum grow by: 2 ** 8 is far from fp16's end
 
 
 @gluon.jit
@@ -46,9 +47,7 @@ def temperature_of(call, item, row0, c):
     factor = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, c.S))
     if c.TEMPERATURE:
         token = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, c.S))
-        position = item.prefix_len + token
-        if c.OFFSETS:
-            position += gl.load(call.window_offsets + item.sequence).to(gl.int32)
+        position = offset_of(item, call, c) + item.prefix_len + token
         if c.Q_POSITIONS:
             position = gl.load(call.q_positions + item.q_start + token, mask=token < item.extend_len, other=0)
         bent = gl.log2(gl.maximum(position, 1).to(gl.float32)) / call.log2_temperature_len
@@ -56,45 +55,76 @@ def temperature_of(call, item, row0, c):
     return factor
 
 
-@gluon.jit
-def before_end(item, c):
-    """Which columns of the prefix's last tile there are."""
-    key = gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(0, c.S))
-    return (key < item.prefix_len % c.BLOCK_N)[None, :]
+@constexpr_function
+def _rescale_assembly(number):
+    """Products of ``number`` elements, which lie in two rows, and their factors, unless all factors of a warp are 1."""
+    copies = " ".join(f"mov.f32 ${i}, ${number + i};" for i in range(number))
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * number + i};" for i in range(number))
+    return f"""{{
+        .reg .pred other, any;
+        setp.neu.f32 other, ${2 * number}, 0f3F800000;
+        setp.neu.or.f32 other, ${2 * number + 2}, 0f3F800000, other;
+        vote.sync.any.pred any, other, 0xffffffff;
+        {copies}
+        @!any bra DONE;
+        {products}
+    DONE:
+    }}"""
+
+
+@constexpr_function
+def _rescale_operands(number):
+    return ",".join(["=f"] * number + ["f"] * (2 * number))
 
 
 @gluon.jit
-def seen(t, tiles, place, item, call, KEYS: gl.constexpr, c):
-    """Which keys of tile t the rows see: those that exist, up to the diagonal, from the window's start on."""
-    start = (tiles.new_hi - 1 - t) * c.BLOCK_N
-    limit = item.extend_len - start
-    row = place.row0 - start
-    if KEYS == BOTH:
-        start = (tiles.pool_hi - 1 - (t - tiles.new_tiles)) * c.BLOCK_N
-        limit = gl.where(t < tiles.new_tiles, limit, item.prefix_len - start)
-        row = gl.where(t < tiles.new_tiles, row, place.row0 + item.prefix_len - start)
-    key = gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(0, c.S))[None, :]
-    rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, c.S))[:, None]
-    visible = key < limit
-    if c.CAUSAL:
-        visible = visible & (key <= rows)
-    if c.WINDOW:
-        visible = visible & (rows <= key + call.window)
-    return visible
+def rescale(o, alpha, LAYOUT: gl.constexpr):
+    """An accumulator with its rows multiplied by ``alpha``; warps whose rows all keep their maxima skip that."""
+    NUMBER: gl.constexpr = min(o.shape[1] // 2, 32)
+    ASSEMBLY: gl.constexpr = _rescale_assembly(NUMBER)
+    OPERANDS: gl.constexpr = _rescale_operands(NUMBER)
+    factors, o = gl.broadcast(gl.convert_layout(alpha, gl.SliceLayout(1, LAYOUT))[:, None], o)
+    return gl.inline_asm_elementwise(ASSEMBLY, OPERANDS, [o, factors], dtype=gl.float32, is_pure=True, pack=NUMBER)
+
+
+@gluon.jit
+def lane_sums(p):
+    """Sums [rows, 4] of what each lane holds of a row of ``p``; ``row_sums`` adds them up once a walk is over. Sums
+    over lanes a tile cost 2 to 4 %."""
+    in_lanes = p.reshape([p.shape[0], p.shape[1] // 8, 4, 2])
+    return gl.sum(gl.sum(in_lanes, 3), 1)
+
+
+@gluon.jit
+def no_sums(c):
+    return lane_sums(gl.zeros([ROWS, c.BLOCK_N], gl.float32, c.S))
+
+
+@gluon.jit
+def row_sums(l, c):
+    return gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, c.S))
 
 
 @gluon.jit
 def weigh(s, m, l, scale, SCALED: gl.constexpr, c):
-    """One step of the online softmax: (weights, factor of what came before, maximum, sum).
+    """One step of the online softmax: (weights, factor of what came before, maximum, lanes' sums).
 
-    Logits that are not SCALED yet take one fused multiply-add. Every row has seen a key: the first tile of a walk holds
-    its own token's, and splits have whole tiles.
+    Logits that are not SCALED yet take one fused multiply-add. Every row has seen a key, its own token's in a walk's
+    first tile, or all of a whole tile's, unless UNSEEN. A maximum stands until it would grow by more than SLACK: the
+    result is the same, weights are at most 2 ** SLACK, and accumulators are rarely rescaled (prefill_long: 8 %).
     """
     if SCALED or c.CAP or c.TEMPERATURE:
         m_new = gl.maximum(m, gl.max(s, 1))
-        p = gl.exp2(s - m_new[:, None])
     else:
         m_new = gl.maximum(m, gl.max(s, 1) * scale)
-        p = gl.exp2(s * scale - m_new[:, None])
-    alpha = gl.exp2(m - m_new)
-    return p, alpha, m_new, l * alpha + gl.sum(p, 1)
+    m_new = gl.where(m_new > m + c.SLACK, m_new, m)
+    finite = m_new
+    if SCALED and c.UNSEEN:
+        finite = gl.where(m_new == float("-inf"), 0.0, m_new)
+    if SCALED or c.CAP or c.TEMPERATURE:
+        p = gl.exp2(s - finite[:, None])
+    else:
+        p = gl.exp2(s * scale - finite[:, None])
+    alpha = gl.exp2(m - finite)
+    in_lanes = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout), assert_trivial=True)
+    return p, alpha, m_new, l * in_lanes[:, None] + lane_sums(p)

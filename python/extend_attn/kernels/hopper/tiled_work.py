@@ -4,6 +4,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from .gluon_compat import struct
 from .ring import Ring
@@ -17,9 +18,13 @@ class Shape:
     """Compile-time facts. A key tile is BLOCK_N keys in K_CHUNKS slots of K_COLUMNS columns, and one slot of values.
 
     HEADS 2: the two consumers take two query heads of one KV head over the same 64 tokens; 1: two blocks of 64 tokens
-    of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns. SPLIT:
-    items that share a block's keys. FP8: 0, or what fp8_rows.py calls the pool's codes. S, O, P: the layouts of a
-    consumer's logits, accumulator, weights.
+    of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns, or, if
+    LATENT, where values are the first columns of keys, consumers (tiled_latent.py); APART: those of new tokens are not.
+    QUERIES: query tiles a consumer, this item's and the next one's if there are two. ONE_RING: keys and values share a
+    ring. STAGED: the output leaves through the query's place. SPLIT: items that share a block's keys. GATHERS: rows
+    come by asynchronous copies, which consumers must fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py
+    calls the pool's codes. BY_POSITION: the window goes by ``q_positions``. SLACK: see weigh. UNSEEN: a row may see no
+    key of an item. S, O, P: the layouts of a consumer's logits, accumulator, weights.
     """
 
     NUM_HEADS: gl.constexpr
@@ -34,20 +39,32 @@ class Shape:
     K_CHUNKS: gl.constexpr
     BLOCK_DV: gl.constexpr
     V_SLICES: gl.constexpr
+    QUERIES: gl.constexpr
+    ONE_RING: gl.constexpr
+    STAGED: gl.constexpr
+    LATENT: gl.constexpr
+    APART: gl.constexpr
     SPLIT: gl.constexpr
     HAS_POOL: gl.constexpr
+    GATHERS: gl.constexpr
     UNIFIED: gl.constexpr
     FP8: gl.constexpr
+    RUNS: gl.constexpr
     CAUSAL: gl.constexpr
     WINDOW: gl.constexpr
+    MASK: gl.constexpr
+    MASK_PREFIX: gl.constexpr
     SINKS: gl.constexpr
     CAP: gl.constexpr
     TEMPERATURE: gl.constexpr
     Q_POSITIONS: gl.constexpr
+    BY_POSITION: gl.constexpr
+    UNSEEN: gl.constexpr
     OFFSETS: gl.constexpr
     LSE: gl.constexpr
     V_SCALED: gl.constexpr
     NEGATE: gl.constexpr
+    SLACK: gl.constexpr
     S: gl.constexpr
     O: gl.constexpr
     P: gl.constexpr
@@ -58,6 +75,7 @@ class Call:
     """A call's arrays and numbers as in ``Inputs`` and recipe.scalars; ``row_blocks`` of TOKENS tokens a sequence at
     most. The workspaces of splits are laid out as kernels/combine.py reads them."""
 
+    o_desc: tma.tensor_descriptor
     o: gl.tensor
     lse: gl.tensor
     partial: gl.tensor
@@ -65,6 +83,8 @@ class Call:
     qo_indptr: gl.tensor
     kv_indptr: gl.tensor
     prefix_lens: gl.tensor
+    custom_mask: gl.tensor
+    mask_indptr: gl.tensor
     sinks: gl.tensor
     window_offsets: gl.tensor
     q_positions: gl.tensor
@@ -73,6 +93,7 @@ class Call:
     batch_size: gl.tensor
     row_blocks: gl.tensor
     splits: gl.tensor
+    sections: gl.tensor
     window: gl.tensor
     new_scale: gl.tensor
     pool_scale: gl.tensor
@@ -85,13 +106,20 @@ class Call:
 @struct
 class Memory:
     """Shared memory: query tiles [2 * K_CHUNKS, 64, K_COLUMNS] with barriers both ways, a ring of key tiles and one of
-    value tiles, and the board on which the producer writes work items (tiled_schedule.py)."""
+    value tiles, and the board on which the producer writes work items (tiled_schedule.py). If LATENT: one query tile
+    in K_CHUNKS and ``q_rest``, what is left of keys in place of values, and what the consumers tell each other:
+    ``weights`` [2, 64, keys], ``maxima`` and ``sums`` [2, 64], with barriers ``told``."""
 
     q_slots: gl.shared_memory_descriptor
+    q_rest: gl.shared_memory_descriptor
     q_full: gl.shared_memory_descriptor
     q_empty: gl.shared_memory_descriptor
     k_ring: Ring
     v_ring: Ring
+    weights: gl.shared_memory_descriptor
+    maxima: gl.shared_memory_descriptor
+    sums: gl.shared_memory_descriptor
+    told: gl.shared_memory_descriptor
     board: Ring
 
 
@@ -145,13 +173,38 @@ class Place:
 
 
 @gluon.jit
+def offset_of(item, call, c):
+    """The position of the sequence's first key."""
+    offset = gl.to_tensor(0)
+    if c.OFFSETS:
+        offset = gl.load(call.window_offsets + item.sequence).to(gl.int32)
+    return offset
+
+
+@gluon.jit
+def positions(item, first, TOKENS: gl.constexpr, call, c):
+    """(least, greatest) position of the tokens ``first``.., counted from the sequence's first key; a block may lack
+    tokens: the greatest is then no less."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([TOKENS // 32], [32], [gl.num_warps()], [0])
+    token = first + gl.arange(0, TOKENS, layout=LAYOUT)
+    at = call.q_positions + item.q_start + token
+    real = token < item.extend_len
+    offset = offset_of(item, call, c)
+    least = gl.min(gl.load(at, mask=real, other=0x7FFFFFFF), 0) - offset
+    return least, gl.max(gl.load(at, mask=real, other=0), 0) - offset
+
+
+@gluon.jit
 def tiles_of(item, call, c):
     new_lo = gl.to_tensor(0)
     new_hi = gl.cdiv(item.extend_len, c.BLOCK_N)
     if c.CAUSAL:
         new_hi = gl.cdiv(gl.minimum(item.first + c.TOKENS, item.extend_len), c.BLOCK_N)
     pool_first = gl.to_tensor(0)
-    if c.WINDOW:
+    if c.BY_POSITION:  # the new tokens' positions are free: any may be seen, none surely
+        least, _ = positions(item, item.first, c.TOKENS, call, c)
+        pool_first = gl.maximum(least - call.window, 0)
+    elif c.WINDOW:
         new_lo = gl.maximum(item.first - call.window, 0) // c.BLOCK_N
         pool_first = gl.maximum(item.prefix_len + item.first - call.window, 0)
     pool_hi = gl.cdiv(item.prefix_len, c.BLOCK_N)
@@ -166,6 +219,31 @@ def tiles_of(item, call, c):
     return Tiles(new_lo, new_hi, new_tiles, pool_lo, pool_hi, pool_first, begin, end)
 
 
+RAGGED: gl.constexpr = gl.constexpr(1 << 30)  # rows of a ragged descriptor's last-but-two dimension
+
+
+@gluon.jit
+def box_at(item, row, head, column):
+    """Coordinates in a ragged descriptor of the item's sequence's rows from ``row`` on."""
+    return [RAGGED, item.q_start + item.extend_len, RAGGED - item.extend_len + row, head, column]
+
+
+@gluon.jit
+def key_place(n, t, tiles, c):
+    """Ring position of an item's key tile t, the ``n``-th of the program. ONE_RING holds, item by item, what consumers
+    ask for in their order: K of the first tile, then K of a tile and V of the one before, then V of the last."""
+    if c.ONE_RING:
+        n = 2 * n - (t > tiles.begin).to(gl.int32)
+    return n
+
+
+@gluon.jit
+def value_place(n, t, tiles, c):
+    if c.ONE_RING:
+        n = 2 * n + 1 + (t + 1 < tiles.end).to(gl.int32)
+    return n
+
+
 @gluon.jit
 def place_of(item, tiles, row0, call, c):
     skipped = gl.to_tensor(0)
@@ -176,7 +254,11 @@ def place_of(item, tiles, row0, call, c):
     cut = gl.where((item.prefix_len % c.BLOCK_N != 0) & (pool_tiles > 0), 1, 0)  # the prefix ends inside its last tile
     full_lo = tiles.new_lo
     pool_full_lo = tiles.pool_lo
-    if c.WINDOW:
+    if c.BY_POSITION:
+        _, greatest = positions(item, row0, ROWS, call, c)
+        full_lo = tiles.new_hi
+        pool_full_lo = gl.maximum(pool_full_lo, gl.cdiv(gl.maximum(greatest - call.window, 0), c.BLOCK_N))
+    elif c.WINDOW:
         edge = row0 + ROWS - 1 - call.window  # the last row sees from here on
         full_lo = gl.maximum(full_lo, gl.cdiv(gl.maximum(edge, 0), c.BLOCK_N))
         pool_full_lo = gl.maximum(pool_full_lo, gl.cdiv(gl.maximum(edge + item.prefix_len, 0), c.BLOCK_N))
