@@ -12,6 +12,7 @@ from modes import GPU
 
 from extend_attn.plan import DeviceSpec, Plan, Tile, illegal, select, shared_memory_bytes
 from extend_attn.plan.heuristics import heuristic
+from extend_attn.plan.legality_hopper_tiled import tiled_queries, tiled_sections
 from extend_attn.plan.select import forget
 from extend_attn.problem import Problem
 
@@ -81,6 +82,8 @@ def test_groups(heads, gqa):
         dict(temperature_len=100, window=200, cut=[5, 0, 77, 3, 0, 1, 2, 0, 9, 1, 0]),
         dict(sm_scale=-0.1),
         dict(sm_scale=0.0),
+        dict(sm_scale=1.0),  # maxima grow by less and by more than what lets them stand
+        dict(sm_scale=1.0, dtype=torch.float16),
         dict(k_scale=0.5, v_scale=2.0),
         dict(layout="plain", pool_layout="strided", index_dtype=torch.int32),
         dict(lead=5, max_len_extend=2000),
@@ -135,7 +138,44 @@ def test_tiles(tile):
 @gpu
 @hopper
 @pytest.mark.parametrize("gqa", [False, True])
-@pytest.mark.parametrize("dim, splits", [(64, 2), (256, 5)])
+@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dict(),
+        dict(window=100),
+        dict(causal=False),
+        dict(unified=True),
+        dict(out_dtype=torch.float32, sinks=torch.float32),
+        dict(lengths=[(e, 0) for e, _ in UGLY]),
+    ],
+    ids=str,
+)
+def test_rings_at_head_dim_256(spec, num_stages, gqa):
+    """One ring for keys and values, and one each; two query tiles a consumer, and one."""
+    base = dict(dtype=torch.bfloat16, device="cuda", lengths=UGLY, heads=(4, 2), dim=256)
+    case = make_case(**{**base, **spec})
+    plan = {"family": "hopper_tiled", "pack_gqa": gqa, "split_kv": 1, "tile": {"num_stages": num_stages}}
+    GPU["hopper_tiled"].check(case, plan=plan)
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize("heads, batch, window", [((8, 4), 5, -1), ((8, 2), 40, -1), ((16, 8), 150, 70)])
+def test_sections(heads, batch, window, gqa, monkeypatch):
+    """Keys and values that the L2 does not hold: as many sections as there are KV heads."""
+    monkeypatch.setattr("extend_attn.plan.legality_hopper_tiled.SECTION_BYTES", 0)
+    monkeypatch.setattr("extend_attn.plan.legality_hopper_tiled.SECTION_ITEMS_MIN", 1)
+    pick = torch.Generator().manual_seed(batch)
+    lengths = [tuple(pair) for pair in torch.randint(-20, 400, (batch, 2), generator=pick).clamp(min=0).tolist()]
+    check(gqa, dim=64, lengths=lengths, window=window, heads=heads)
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize("dim, splits", [(64, 2), (96, 3), (256, 5)])
 @pytest.mark.parametrize(
     "spec", [dict(), dict(sinks=torch.float32, k_scale=0.5, v_scale=2.0), dict(causal=False)], ids=str
 )
@@ -248,6 +288,27 @@ def test_what_it_does_not_serve_falls_to_the_plain_family(changes, word):
 def test_illegal_plans_say_why(changes, word):
     reason = illegal(CHUNK, plan_of(CHUNK, **changes), H100)
     assert reason is not None and word in reason
+
+
+def test_rings_and_queries_of_head_dim_256():
+    """Short blocks leave room for the next item's query, whole prompts have the deeper rings."""
+    for changes, stages, queries in [
+        (dict(), 1, 2),
+        (dict(max_len_extend=8192), 2, 1),
+        (dict(max_len_extend=8192, sliding_window=1024), 1, 2),
+        (dict(kv_dtype="float8_e4m3fn"), 2, 1),
+        (dict(head_dim_v=128), 2, 2),
+    ]:
+        problem = replace(CHUNK, **changes)
+        plan = plan_of(problem)
+        assert (plan.tile.num_stages, tiled_queries(problem, plan)) == (stages, queries), changes
+    assert tiled_queries(replace(CHUNK, head_dim_qk=128, head_dim_v=128), plan_of(CHUNK)) == 2
+
+
+def test_sections_keep_every_multiprocessor_busy():
+    assert tiled_sections(CHUNK, items=1024) == 4  # 168 MB, and no more KV heads
+    assert tiled_sections(CHUNK, items=256) == 1  # 128 items a section leave some idle
+    assert tiled_sections(replace(CHUNK, num_tokens=8192, num_kv_indices=0), items=512) == 2  # 34 MB
 
 
 def test_odd_groups_do_not_pair_and_masks_take_narrow_tiles():

@@ -18,9 +18,10 @@ from ...plan.legality_hopper_tiled import (
     shares_ring,
     tiled_blocks,
     tiled_queries,
+    tiled_sections,
 )
 from ...plan.tile import Plan
-from ...problem import ELEMENT_SIZE, Problem
+from ...problem import Problem
 from ..launch_combine import combine_after, combine_tensors
 from ..recipe import Recipe, features, kernel, scalars, strides
 from .launch_packed import FP8_CODES, codes_of, mask_bytes
@@ -31,7 +32,6 @@ from .tiled import tiled_kernel
 # A conversion of fp8 codes holds a tile of them, a mask its bytes.
 GATHER_REGISTERS, TMA_REGISTERS, FP8_REGISTERS = (232, 40), (240, 24), (216, 80)
 MAX_REGISTERS = 168
-SECTION_BYTES, SECTION_ITEMS_MIN = 20 << 20, 132  # of 50 MB of L2, and the multiprocessors
 PRODUCER_WARPS = 4  # that gather
 RUN, PANEL = 64, 64  # rows, and columns if not all, of a TMA box of the pool: see tiled_producer.py
 RAGGED_ROWS = 1 << 30  # see tiled_producer.py
@@ -87,7 +87,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     )
     numbers = (
         *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.v_new), *strides(inputs.o),
-        problem.batch_size, row_blocks, plan.split_kv, sections_of(problem, items), *scalars(inputs),
+        problem.batch_size, row_blocks, plan.split_kv, tiled_sections(problem, items), *scalars(inputs),
     )  # fmt: skip
     tiled = kernel(
         tiled_kernel,
@@ -111,16 +111,6 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     width = block_dv * slices
     combine, workspaces = combine_after(plan, inputs, problem, width, tiles, row_blocks, plan.pdl, shape=(ROWS, 1))
     return Recipe((tiled, combine), functools.partial(_tensors_of_splits, boxes, runs), workspaces)
-
-
-def sections_of(problem: Problem, items: int) -> int:
-    """Sections in which the KV heads are gone through, so that the L2 holds a section's keys and values; each keeps all
-    multiprocessors busy."""
-    heads = problem.num_kv_heads
-    rows = problem.num_kv_indices + (0 if problem.unified else problem.num_tokens)
-    size = rows * heads * (problem.head_dim_qk + problem.head_dim_v) * ELEMENT_SIZE[problem.dtype]
-    fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or items // n >= SECTION_ITEMS_MIN)]
-    return next((n for n in fitting if size // n <= SECTION_BYTES), fitting[-1])
 
 
 _FEATURES = (

@@ -15,103 +15,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from .gluon_compat import struct
 from .ring import Ring, barriers
 from .tiled_codes import produce_codes
 from .tiled_epilogue import store, store_part
 from .tiled_latent import BOX, PARTS, consume_latent, produce_latent
 from .tiled_masks import ALL, BOTH, END, NEW, NONE, POOL, SOME, before_end, hide, seen
 from .tiled_producer import Sources, produce
+from .tiled_products import (
+    Seat,
+    State,
+    end_softmax,
+    finish_products,
+    no_products,
+    release_keys,
+    rescaled,
+    skip_keys,
+    start_products,
+    start_scores,
+)
 from .tiled_schedule import FIELDS, MESSAGES, receive
-from .tiled_softmax import logits, no_sums, row_sums, scales, temperature_of, weigh
-from .tiled_work import ROWS, Call, Memory, Shape, key_place, place_of, tiles_of, value_place
-
-
-@struct
-class State:
-    """A consumer's running softmax: accumulator, maxima and sums, the weights whose values are still to come, and what
-    the accumulator is still to be multiplied by."""
-
-    o: gl.tensor
-    m: gl.tensor
-    l: gl.tensor
-    p: gl.tensor
-    alpha: gl.tensor
-
-
-@struct
-class Seat:
-    """Where a consumer finds what its item needs: its query tile, the phase in which that tile's barrier is, the number
-    of the item's key tile 0 among all."""
-
-    query: gl.tensor
-    phase: gl.tensor
-    n: gl.tensor
-
-
-@gluon.jit
-def start_scores(seat, memory, n, c):
-    """Issues S = Q K^T of the key tile in ring position ``n``. Where the ring holds no second tile, each slot is
-    released as soon as it is read, except the last."""
-    ONE_TILE: gl.constexpr = memory.k_ring.stages == c.K_CHUNKS
-    acc = gl.zeros([ROWS, c.BLOCK_N], gl.float32, c.S)
-    for chunk in gl.static_range(c.K_CHUNKS):
-        at = n * c.K_CHUNKS + chunk
-        memory.k_ring.wait_full(at)
-        if c.GATHERS:
-            fence_async_shared()
-        q = memory.q_slots.index(seat.query * c.K_CHUNKS + chunk)
-        acc = warpgroup_mma(q, memory.k_ring.slot(at).permute((1, 0)), acc, use_acc=chunk > 0, is_async=True)
-        if ONE_TILE and chunk > 0:
-            acc = warpgroup_mma_wait(1, [acc])
-            memory.k_ring.release(at - 1)
-    return acc
-
-
-@gluon.jit
-def release_keys(memory, n, c):
-    """The slots that ``start_scores`` has left."""
-    ONE_TILE: gl.constexpr = memory.k_ring.stages == c.K_CHUNKS
-    for chunk in gl.static_range(c.K_CHUNKS - 1 if ONE_TILE else 0, c.K_CHUNKS):
-        memory.k_ring.release(n * c.K_CHUNKS + chunk)
-
-
-@gluon.jit
-def skip_keys(memory, n, c):
-    for chunk in gl.static_range(c.K_CHUNKS):
-        memory.k_ring.wait_full(n * c.K_CHUNKS + chunk)
-        memory.k_ring.release(n * c.K_CHUNKS + chunk)
-
-
-@gluon.jit
-def end_softmax(seat, memory, n, c):
-    """Stands between the softmax of a tile's weights and the wait for the products before: the compiler moves no
-    exponential past a barrier's branch, and would move all of them behind those products otherwise. The tile's values,
-    in ring position ``n``, are waited for here; where they can't have come yet, the query, which is there."""
-    if c.EARLY_VALUES:
-        memory.v_ring.wait_full(n)
-    else:
-        mbarrier.wait(memory.q_full.index(seat.query), seat.phase)
-
-
-@gluon.jit
-def start_products(memory, state, n, c):
-    """Issues O += P V of the value tile in ring position ``n``."""
-    if not c.EARLY_VALUES:
-        memory.v_ring.wait_full(n)
-        if c.GATHERS:
-            fence_async_shared()
-    return warpgroup_mma(state.p, memory.v_ring.slot(n), state.o, is_async=True)
-
-
-@gluon.jit
-def rescaled(state, c):
-    o = state.o * gl.convert_layout(state.alpha, gl.SliceLayout(1, c.O))[:, None]
-    return State(o, state.m, state.l, state.p, state.alpha)
+from .tiled_softmax import SLACK, logits, no_sums, row_sums, scales, temperature_of, weigh
+from .tiled_work import PANEL, ROWS, Call, Memory, Shape, key_place, place_of, rest_of, tiles_of, value_place
 
 
 @gluon.jit
@@ -130,8 +57,9 @@ def begin(seat, memory, call, item, tiles, place, temperature, c):
     if c.V_SCALED and (c.UNIFIED or KEYS == BOTH):
         w = w * v_scale
     p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
-    end_softmax(seat, memory, value_place(seat.n + t, t, tiles, c), c)
-    return State(gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O), m, l, p, gl.full_like(m, 1.0))
+    end_softmax(seat, memory, c)
+    o, rest = no_products(c)
+    return State(o, rest, m, l, p, gl.full_like(m, 1.0))
 
 
 @gluon.jit
@@ -149,7 +77,7 @@ def walk(
         values = value_place(seat.n + t - 1, t - 1, tiles, c)
         s_acc = start_scores(seat, memory, keys, c)
         state = rescaled(state, c)  # while the scores are made
-        o_acc = start_products(memory, state, values, c)
+        o_acc, rest_acc = start_products(memory, state, values, c)
         scale, v_scale = scales(t, tiles, call, KEYS, c)
         if EDGES == ALL:
             visible = seen(t, tiles, place, item, call, KEYS, c)
@@ -166,16 +94,16 @@ def walk(
         if c.V_SCALED and (c.UNIFIED or KEYS != NEW):
             w = w * v_scale
         p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
-        end_softmax(seat, memory, value_place(seat.n + t, t, tiles, c), c)
-        o, used = warpgroup_mma_wait(0, [o_acc, state.p])
+        end_softmax(seat, memory, c)
+        o, rest = finish_products(state, o_acc, rest_acc, c)
         memory.v_ring.release(values)
-        state = State(o, m, l, p, alpha)
+        state = State(o, rest, m, l, p, alpha)
     return state
 
 
 @gluon.jit
 def attend(WHO: gl.constexpr, memory, call, item, tiles, row0, n, number, c):
-    """(accumulator, maxima, sums) of a consumer's rows over the item's key tiles."""
+    """(accumulators, maxima, sums) of a consumer's rows over the item's key tiles."""
     CAN_SKIP: gl.constexpr = WHO == 0 and c.CAUSAL and c.TOKENS > c.BLOCK_N
     place = place_of(item, tiles, row0, call, c)
     temperature = temperature_of(call, item, row0, c)
@@ -218,14 +146,12 @@ def attend(WHO: gl.constexpr, memory, call, item, tiles, row0, n, number, c):
         )  # fmt: skip
     if not c.STAGED:  # else the output leaves through the query's place
         mbarrier.arrive(memory.q_empty.index(query), count=1)
-    if c.GATHERS and c.EARLY_VALUES:  # elsewhere the scores' fence stands between a wait and its products
-        fence_async_shared()
     state = rescaled(state, c)
     values = value_place(n + tiles.end - 1, tiles.end - 1, tiles, c)
-    o_acc = start_products(memory, state, values, c)
-    o, used = warpgroup_mma_wait(0, [o_acc, state.p])
+    o_acc, rest_acc = start_products(memory, state, values, c)
+    o, rest = finish_products(state, o_acc, rest_acc, c)
     memory.v_ring.release(values)
-    return o, state.m, row_sums(state.l, c)
+    return o, rest, state.m, row_sums(state.l, c)
 
 
 @gluon.jit
@@ -243,18 +169,18 @@ def consume(WHO: gl.constexpr, call, memory, c):
             head += WHO
         else:
             row0 += WHO * ROWS
-        o = gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O)
+        o, rest = no_products(c)
         m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
         l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
         if (not c.SPLIT) or tiles.begin < tiles.end:
-            o, m, l = attend(WHO, memory, call, item, tiles, row0, n - tiles.begin, number, c)
+            o, rest, m, l = attend(WHO, memory, call, item, tiles, row0, n - tiles.begin, number, c)
             n += tiles.end - tiles.begin
             number += 1
         if c.SPLIT:
-            store_part(call, item, tiles, row0, head, o, m, l, c)
+            store_part(call, item, tiles, row0, head, o, rest, m, l, c)
         else:
             query = (number - 1) % c.QUERIES * 2 + WHO
-            store(query, memory, call, item, row0, head, o, m, l, c)
+            store(query, memory, call, item, row0, head, o, rest, m, l, c)
             if c.STAGED and c.QUERIES == 1:
                 tma.store_wait(0)
                 mbarrier.arrive(memory.q_empty.index(query), count=1)
@@ -300,14 +226,17 @@ def tiled_kernel(
     BY_POSITION: gl.constexpr = WINDOW and Q_POSITIONS
     SHARE: gl.constexpr = PARTS if LATENT else 1  # consumers that share a tile's scores
     KEYS: gl.constexpr = BLOCK_N // SHARE
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    K_REST: gl.constexpr = rest_of(HEAD_DIM, K_COLUMNS)
+    V_REST: gl.constexpr = rest_of(HEAD_DIM_V, BLOCK_DV)
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PANEL if V_REST > 0 else BLOCK_DV, 16])
+    REST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, max(V_REST, 16), 16])
     c = Shape(
         NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 or LATENT else 2 * ROWS, HEAD_DIM, HEAD_DIM_V,
-        BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, QUERIES, ONE_RING, V_STAGES > 1 and not ONE_RING, STAGED,
-        LATENT, APART, SPLIT, HAS_POOL, (HAS_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW, MASK,
+        BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, K_REST, V_REST, QUERIES, ONE_RING, STAGED, LATENT,
+        APART, SPLIT, HAS_POOL, (HAS_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW, MASK,
         MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK or (WINDOW and SPLIT), OFFSETS, LSE,
-        V_SCALED, NEGATE,
-        gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]), O, gl.DotOperandLayout(0, O, 2),
+        V_SCALED, NEGATE, 0.0 if V_SCALED and q_desc.dtype == gl.float16 else SLACK,
+        gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]), O, REST, gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip
     call = Call(
         o_desc if STAGED else q_desc, o, lse if LSE else o, partial if SPLIT else o, partial_ml if SPLIT else o,
