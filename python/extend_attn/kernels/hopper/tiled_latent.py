@@ -149,7 +149,7 @@ def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, rest, c):
         memory.k_ring.release(at + 1)
         n += 1
         rest += 1
-    return o, m, l, n, rest
+    return o, m, row_sums(l, c), n, rest
 
 
 @gluon.jit
@@ -182,9 +182,9 @@ def consume_latent(WHO: gl.constexpr, call, memory, c):
             who, item.split,
         )  # fmt: skip
         if c.SPLIT:
-            store_part(call, half, tiles, item.first, item.head_block, o, l, m, l, c)
+            store_part(call, half, tiles, item.first, item.head_block, o, m, l, c)
         else:
-            store(WHO, memory, call, half, item.first, item.head_block, o, l, m, l, c)
+            store(WHO, memory, call, half, item.first, item.head_block, o, m, l, c)
             if c.STAGED:  # the place of the queries, which both consumers have read
                 tma.store_wait(0)
         if works:
