@@ -149,7 +149,7 @@ def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, rest, c):
         memory.k_ring.release(at + 1)
         n += 1
         rest += 1
-    return o, m, row_sums(l, c), n, rest
+    return o, m, l, n, rest
 
 
 @gluon.jit
