@@ -47,12 +47,7 @@ FEATURES: Dict[str, dict] = {
     "unified": dict(unified=True, index_dtype="int32"),
 }
 NEW_TOKENS = {"packed": 4, "tiled": 512}  # what each family is for
-# What each Hopper family is compiled for. The tiled one has no kernel for latent values and masks, nor for fp8 pools of
-# wide heads.
-HOPPER = {
-    "hopper_packed": (HEAD_DIMS, tuple(FEATURES)),
-    "hopper_tiled": (HEAD_DIMS[:5], ("plain", "window", "unified", "fp8")),
-}
+HOPPER = ("hopper_packed", "hopper_tiled")  # compiled for all of them, but for what hopper_tiled refuses: fp8 at 512
 SPILLS_MAX = 176  # bytes a thread that a Hopper kernel may spill: MLA's 64 rows of 512 columns do, and fp8 beside it
 # Of hopper_tiled's larger heads: at 192/128 a window's masks, at 256 an fp8 pool's smaller share of registers (Triton
 # 3.9; none on 3.6), at 512 all that goes on beside the loops over keys.
@@ -74,12 +69,10 @@ def jobs(everything: bool) -> Iterator[Job]:
                 family = "packed" if (d - a) % 6 == 0 else "tiled"
                 yield arch, dims, family, names[(a + d) % len(names)]
             if arch == 90 and DeviceSpec.preset("sm_90").triton_at_least(3, 6):
-                for family, (served, features) in HOPPER.items():
-                    if dims in served:
-                        chosen = features if everything else [features[(d + i) % len(features)] for i in (0, 3)]
-                        wide = family == "hopper_tiled" and dims[0] > 256
-                        names_of = [name for name in dict.fromkeys(chosen) if not (wide and name == "fp8")]
-                        yield from ((arch, dims, family, name) for name in names_of)
+                for family in HOPPER:
+                    chosen = names if everything else [names[(d + i) % len(names)] for i in (0, 3)]
+                    wide = family == "hopper_tiled" and dims[0] > 256
+                    yield from ((arch, dims, family, name) for name in chosen if not (wide and name == "fp8"))
 
 
 def problem_of(job: Job) -> Problem:
@@ -100,7 +93,9 @@ def shared_memory(problem: Problem, plan: Plan, arch: int) -> int:
     compiled = compile_plan(problem, plan, arch, resources=plan.hopper)
     if plan.hopper:
         spilled = compiled[0].spills
-        most = SPILLS_MAX_TILED.get(problem.head_dim_qk, SPILLS_MAX) if not plan.packed else SPILLS_MAX
+        most = SPILLS_MAX
+        if not plan.packed:
+            most = SPILLS_MAX_TILED[problem.head_dim_qk][problem.custom_mask]
         assert spilled <= most, f"{plan} spills {spilled} bytes a thread; at most {most} are right"
     return max(kernel.shared_memory for kernel in compiled)
 

@@ -1,10 +1,11 @@
 """Latent attention (absorbed MLA) in the tiled Hopper family: values are the first columns of their keys.
 
-A key tile is read once, into two halves of its value columns and a slot of the columns behind them. (New tokens'
-values may lie elsewhere, as after a concatenation of keys; they are then read too.) The two consumers share 64 query
-rows: each makes all scores and owns one half of the values, which it keeps until its products are done. Beside the
-queries there is room for two tiles, so a consumer's scores wait for its products, and the tensor cores turn to the
-other consumer meanwhile.
+The two consumers share 64 query rows. Each makes the scores of half of a tile's keys, and owns half of the value
+columns; they tell each other their rows' maxima and, through shared memory, their weights. So a tile is cut both ways:
+into two parts of its keys, each two halves of the value columns and the rest of the columns behind them. It is read
+once, and a slot is free when its part's scores and its half's products are made. (New tokens' values may lie elsewhere,
+as after a concatenation of keys; they are then read too.) Beside the queries there is room for two tiles, so a
+consumer's scores wait for its products.
 """
 
 # Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
@@ -25,7 +26,7 @@ from .tiled_epilogue import store, store_part
 from .tiled_masks import BOTH, NEW, first_key, sees, some_row_sees
 from .tiled_producer import arrived, load_runs, new_rows, no_slots, rows_of, slots_of
 from .tiled_schedule import announce, announced, count_blocks, receive, search_at
-from .tiled_softmax import logits, scales, temperature_of
+from .tiled_softmax import lane_sums, logits, row_sums, scales, temperature_of
 from .tiled_work import ROWS, Item, box_at, place_of, tiles_of
 
 HALVES = gl.constexpr(2)  # of the value columns, one a consumer
@@ -88,7 +89,7 @@ def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, rest, c):
     temperature = temperature_of(call, item, item.first, c)
     o = gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O)
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
-    l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
+    l = lane_sums(gl.zeros([ROWS, c.BLOCK_N // PARTS], gl.float32, c.S))
     for t in range(tiles.begin, tiles.end):
         s_acc = scores(WHO, memory, n, rest, c)
         scale, v_scale = scales(t, tiles, call, KEYS, c)
@@ -98,7 +99,7 @@ def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, rest, c):
         memory.v_ring.release(rest * PARTS + WHO)
         for half in gl.static_range(HALVES):
             memory.k_ring.release((n * HALVES + half) * PARTS + WHO)
-        if c.APART and t < tiles.new_tiles:
+        if c.APART and t < tiles.new_tiles:  # what keys without values, and values without keys, are not read for
             memory.k_ring.release((n * HALVES + WHO) * PARTS + WHO)
             memory.k_ring.wait_full((n * HALVES + WHO) * PARTS + OTHER)
             memory.k_ring.release((n * HALVES + WHO) * PARTS + OTHER)
@@ -125,7 +126,8 @@ def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, rest, c):
         w = gl.exp2(s - finite[:, None])
         alpha = gl.exp2(m - finite)
         m = m_new
-        l = l * alpha + gl.sum(w, 1)
+        in_lanes = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout), assert_trivial=True)
+        l = l * in_lanes[:, None] + lane_sums(w)
         if c.V_SCALED:
             w = w * v_scale
         w = w.to(memory.q_slots.dtype)
@@ -148,7 +150,7 @@ def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, rest, c):
         memory.k_ring.release(at + 1)
         n += 1
         rest += 1
-    return o, m, l, n, rest
+    return o, m, row_sums(l, c), n, rest
 
 
 @gluon.jit
@@ -181,9 +183,9 @@ def consume_latent(WHO: gl.constexpr, call, memory, c):
             who, item.split,
         )  # fmt: skip
         if c.SPLIT:
-            store_part(call, half, tiles, item.first, item.head_block, o, l, m, l, c)
+            store_part(call, half, tiles, item.first, item.head_block, o, m, l, c)
         else:
-            store(WHO, memory, call, half, item.first, item.head_block, o, l, m, l, c)
+            store(WHO, memory, call, half, item.first, item.head_block, o, m, l, c)
             if c.STAGED:  # the place of the queries, which both consumers have read
                 tma.store_wait(0)
         if works:
@@ -244,6 +246,7 @@ def parts_of(rows, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def copy_part(rows, exists, memory, n, rest, PART: gl.constexpr, LAYOUT: gl.constexpr, c):
+    """A part's keys, at pointers ``rows``."""
     for half in gl.static_range(HALVES):
         at = (n * HALVES + half) * PARTS + PART
         copy_slot(rows, exists, half * c.K_COLUMNS, c.HEAD_DIM, memory.k_ring, at, LAYOUT, c)

@@ -90,10 +90,21 @@ def sees(exists, first, row, start, column, item, call, c):
 
 
 @constexpr_function
+def mask_warps(keys, warps):
+    """Warps that share keys."""
+    return warps // min(keys // 32, warps)
+
+
+@constexpr_function
 def mask_layout(keys, warps):
     """Keys along a warp's lanes, whose bytes lie side by side; warps that are left over take other tokens."""
-    across = min(keys // 32, warps)
-    return gl.BlockedLayout([1, 1], [1, 32], [warps // across, across], [1, 0])
+    return gl.BlockedLayout([1, 1], [1, 32], [mask_warps(keys, warps), warps // mask_warps(keys, warps)], [1, 0])
+
+
+@gluon.jit
+def _any_of_a_thread(seen, WARPS: gl.constexpr):
+    """[WARPS, keys] of [tokens, keys]: whether a thread's own tokens see a key."""
+    return gl.max(seen.reshape([seen.shape[0] // WARPS, WARPS, seen.shape[1]]), 0)
 
 
 @gluon.jit
@@ -104,10 +115,12 @@ def some_row_sees(t, tiles, item, call, LAYOUT: gl.constexpr, c):
     STEP: gl.constexpr = BYTES_AT_ONCE * gl.num_warps() * 32 // c.BLOCK_N
     start, limit = first_key(t, tiles, item, BOTH, c)
     column = gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(0, BYTES))
-    found = gl.zeros([STEP, c.BLOCK_N], gl.int32, BYTES)
+    WARPS: gl.constexpr = mask_warps(c.BLOCK_N, gl.num_warps())
+    found = _any_of_a_thread(gl.zeros([STEP, c.BLOCK_N], gl.int32, BYTES), WARPS)
     stop = gl.minimum(item.first + c.TOKENS, item.extend_len)
     row = gl.arange(0, STEP, layout=gl.SliceLayout(1, BYTES))
     for first in range(item.first, stop, STEP):
         real = (first + row < stop)[:, None] & (column < limit - start)[None, :]
-        found = found | sees(real, first, row, start, column, item, call, c).to(gl.int32)
+        visible = sees(real, first, row, start, column, item, call, c)
+        found = gl.maximum(found, _any_of_a_thread(visible.to(gl.int32), WARPS))
     return gl.convert_layout(gl.max(found, 0), gl.SliceLayout(1, LAYOUT)) != 0

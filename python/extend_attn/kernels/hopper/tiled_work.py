@@ -118,7 +118,8 @@ class Call:
 class Memory:
     """Shared memory: query tiles [2 * K_CHUNKS, 64, K_COLUMNS] with barriers both ways, a ring of key tiles and one of
     value tiles, and the board on which the producer writes work items (tiled_schedule.py). If LATENT: one query tile
-    in K_CHUNKS and ``q_rest``, and what is left of keys in place of values."""
+    in K_CHUNKS and ``q_rest``, what is left of keys in place of values, and what the consumers tell each other:
+    ``weights`` [2, 64, keys], ``maxima`` and ``sums`` [2, 64], with barriers ``told``."""
 
     q_slots: gl.shared_memory_descriptor
     q_rest: gl.shared_memory_descriptor
