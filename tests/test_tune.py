@@ -317,7 +317,7 @@ def test_the_heuristics_follow_the_measured_crossover():
 
 
 def test_the_heuristics_follow_the_sweeps():
-    """Of the swept problems whose choice was measured, 93 % get a plan that takes at most a tenth longer than the best."""
+    """Of the swept problems whose choice was measured, 93 % get a plan at most a tenth slower than the best."""
     device = dataclasses.replace(DeviceSpec.preset("h200"), triton="3.6.0")
     ratios = []
     for line in (RESULTS / "2026-11-25-h200-evaluate-1.jsonl").read_text().splitlines():
