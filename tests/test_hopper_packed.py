@@ -224,7 +224,7 @@ def test_graphs_of_splits_replay_side_by_side_with_changed_lengths():
 
 
 @gpu
-@pytest.mark.parametrize("share", [{}, {"split_kv": 16}, {"programs": 17}])
+@pytest.mark.parametrize("share", [{}, {"split_kv": 16}, {"programs": 17}, None])
 @pytest.mark.parametrize("late", ["kv_indptr", "kv_indices", "k_buffer", "v_buffer", "q_extend", "qo_indptr"])
 def test_what_the_kernel_ahead_writes_last_is_seen(late, share):
     """Dependent launches start, and look ahead at what old indices say, while it still runs."""
@@ -233,8 +233,9 @@ def test_what_the_kernel_ahead_writes_last_is_seen(late, share):
     import extend_attn
 
     mode = GPU[FAMILY]
-    case = mode.case(lengths=[(4, 3000), (2, 700), (3, 0), (1, 1500)], dim=128, heads=(8, 2), layout="plain")
-    plan = {"family": FAMILY, "pdl": True, "split_kv": 1, **share}
+    spec = dict(lengths=[(4, 3000), (2, 700), (3, 0), (1, 1500)], dim=128, heads=(8, 2), layout="plain")
+    case = mode.case(**spec, window=-1 if share is not None else 1000)  # under a window rows are prefetched
+    plan = {"family": FAMILY, "pdl": True, "split_kv": 1, **(share or {})}
     mode.check(case, plan=plan)
     tensor = case.kwargs[late]
     new = tensor.clone()

@@ -9,8 +9,6 @@ the tensors, whatever the indices say; the loads that make them bypass L1, where
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .packed_work import split_size
-
 
 @gluon.jit
 def _prefetch(pointers, wanted):
@@ -38,9 +36,9 @@ def _rows(pool, offsets, wanted, DIM: gl.constexpr, LINES: gl.constexpr, LAYOUT:
 
 
 @gluon.jit
-def look_ahead(call, shape, pairs, num_splits, num_indices, num_slots, TILES: gl.constexpr):
-    """Prefetches the slots of this program's share and the rows of its first TILES tiles, as far as index arrays say
-    already which they are. A share is taken from the prefix alone: new tokens move its border by little."""
+def look_ahead(call, shape, pairs, num_indices, num_slots, TILES: gl.constexpr):
+    """Prefetches the slots of this program's list and the rows of its first TILES tiles, as far as index arrays say
+    already which they are. A list is taken from the prefix alone, and its window from there: a key or two off."""
     SIZE: gl.constexpr = call.k_pool.dtype.element_ty.primitive_bitwidth // 8
     COLUMNS: gl.constexpr = shape.BLOCK_D * (1 if shape.BLOCK_PE == 0 else 2)
     LINES: gl.constexpr = max(1, COLUMNS * SIZE // 128)
@@ -48,19 +46,13 @@ def look_ahead(call, shape, pairs, num_splits, num_indices, num_slots, TILES: gl
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     INDEX: gl.constexpr = call.kv_indices.dtype.element_ty.primitive_bitwidth // 8
     KEYS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    tile = gl.program_id(0) // num_splits
-    sequence = tile // pairs
-    head = (tile % pairs % (shape.NUM_HEADS // shape.GROUP)).to(gl.int64)
+    sequence = gl.program_id(0) // pairs
+    head = (gl.program_id(0) % pairs % (shape.NUM_HEADS // shape.GROUP)).to(gl.int64)
     begin = gl.load(call.kv_indptr + sequence, cache_modifier=".cg")
     end = gl.load(call.kv_indptr + sequence + 1, cache_modifier=".cg")
     begin = gl.minimum(gl.maximum(begin, 0), num_indices).to(gl.int32)
     end = gl.minimum(gl.maximum(end, begin), num_indices).to(gl.int32)
-    if shape.WINDOW:
-        begin = gl.maximum(begin, end - call.window)
-    if shape.SPLIT:
-        size = split_size(shape, gl.cdiv(end - begin, shape.BLOCK_N), num_splits) * shape.BLOCK_N
-        begin = gl.minimum(begin + gl.program_id(0) % num_splits * size, end)
-        end = gl.minimum(begin + size, end)
+    begin = gl.maximum(begin, end - call.window)
     line = begin + gl.arange(0, 128, layout=FLAT) * (128 // INDEX)
     _prefetch(call.kv_indices + line, line < end)
     for i in gl.static_range(TILES):

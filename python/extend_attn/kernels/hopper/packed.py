@@ -61,8 +61,10 @@ UNALIGNED = [
 ]
 
 
-# Tiles whose rows are prefetched: 32 verifications of 64 keys take 5.63 us on an H200 so, 6.00 without, of 1000 keys
-# 34.3 and 34.6. None after splits, whose programs are there long before: they were slower for it (15.1 and 13.4).
+# Tiles whose rows are prefetched under a window, where lists are short and a call's fixed cost counts: on an H200 32
+# verifications of 64 keys take 5.63 us so, 5.99 without, those of a window of 1024 34.3 and 34.6. Elsewhere it costs:
+# 0.5 % where there are several waves of programs, 1 % with 64 rows; and after splits one_verify takes 15.1 us, 13.4
+# without, since its programs are there a whole kernel early and their prefetches meet that one's reads.
 TILES_AHEAD = gl.constexpr(3)
 
 
@@ -126,8 +128,8 @@ def _consume(
 ):  # fmt: skip
     """The consumer's partition."""
     if WAIT:
-        if shape.HAS_POOL and not shape.EVEN:
-            look_ahead(call, shape, pairs, num_splits, num_indices, num_slots, 0 if shape.SPLIT else TILES_AHEAD)
+        if shape.HAS_POOL and shape.WINDOW and not shape.SPLIT:
+            look_ahead(call, shape, pairs, num_indices, num_slots, TILES_AHEAD)
         gdc_wait()
     MMA: gl.constexpr = shape.MMA
     ROWS: gl.constexpr = gl.SliceLayout(0, MMA)
