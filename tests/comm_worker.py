@@ -19,6 +19,7 @@ from extend_attn import fused_parallel_qknorm
 from extend_attn.comm import CommError, CustomAllReduce, Policy
 
 ALGOS = ["one_shot_push", "one_shot_pull", "two_shot_pull"]
+DEADLY = "one_shot_pull"  # rank 1 dies while it waits in such a call; a push would have given the others all they need
 
 
 def expected(world: int, count: int, dtype: torch.dtype, seed: int):
@@ -87,11 +88,14 @@ def die() -> None:
 
 
 def survivor(comm, seconds: float) -> dict:
-    """What the others see after rank 1's death: an exception within the timeout, and a close() that returns."""
+    """What the others see after rank 1's death: an exception within the timeout, and a close() that returns.
+
+    The first call is the one that rank 1 may have died in: another would be a disagreement, which its header proves.
+    """
     start = time.monotonic()
     x = torch.ones(5000, dtype=torch.bfloat16, device=comm.device)
     said = []
-    for algo in ALGOS:
+    for algo in (DEADLY, *ALGOS):
         try:
             comm.all_reduce(x, algo=algo)
             comm.check()
@@ -169,7 +173,7 @@ def run(scenario: str, rank: int, world: int, group) -> dict:
     elif scenario == "kill waiting":  # while its kernel waits for the others
         calls(comm, 2)
         if rank == 1:
-            comm.all_reduce(torch.ones(5000, dtype=torch.bfloat16, device=device), algo="one_shot_pull")
+            comm.all_reduce(torch.ones(5000, dtype=torch.bfloat16, device=device), algo=DEADLY)
             time.sleep(0.2)
             die()
         time.sleep(1.0)

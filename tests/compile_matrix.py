@@ -49,9 +49,11 @@ FEATURES: Dict[str, dict] = {
 NEW_TOKENS = {"packed": 4, "tiled": 512}  # what each family is for
 HOPPER = ("hopper_packed", "hopper_tiled")  # compiled for all of them, but for what hopper_tiled refuses: fp8 at 512
 SPILLS_MAX = 176  # bytes a thread that a Hopper kernel may spill: MLA's 64 rows of 512 columns do, and fp8 beside it
-# Of hopper_tiled's larger heads: at 192/128 a window's masks, at 256 an fp8 pool's smaller share of registers (Triton
-# 3.9; none on 3.6), at 512 all that goes on beside the loops over keys.
-SPILLS_MAX_TILED = {192: 320, 256: 208, 512: 960}
+# Of hopper_tiled by head dim, without and with a custom mask, whose bytes and places take a tile's registers; at 192
+# and 256 an fp8 pool's smaller share of registers, at 512 all that goes on beside the loops over keys.
+SPILLS_MAX_TILED = {
+    64: (200, 640), 128: (320, 640), 192: (440, 760), 256: (640, 1440), 512: (960, 2560), 576: (640, 2048),
+}  # fmt: skip
 
 Job = Tuple[int, tuple, str, str]
 

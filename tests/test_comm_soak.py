@@ -1,6 +1,6 @@
 """Many calls without a pause: all operations, algorithms, types and sizes in changing order, with random stalls.
 
-EXTEND_ATTN_SOAK is the number of calls a rank makes in each test (100000 takes about half a minute on an H100).
+EXTEND_ATTN_SOAK is the number of calls a rank makes in each test (100000 with four ranks take 77 s on an H100).
 """
 
 from __future__ import annotations

@@ -27,8 +27,6 @@ from .tiled_products import (
     Seat,
     State,
     end_softmax,
-    finish_products,
-    no_products,
     release_keys,
     rescaled,
     skip_keys,
@@ -37,7 +35,7 @@ from .tiled_products import (
 )
 from .tiled_schedule import FIELDS, MESSAGES, receive
 from .tiled_softmax import SLACK, logits, no_sums, row_sums, scales, temperature_of, weigh
-from .tiled_work import PANEL, ROWS, Call, Memory, Shape, key_place, place_of, rest_of, tiles_of, value_place
+from .tiled_work import ROWS, Call, Memory, Shape, key_place, place_of, tiles_of, value_place
 
 
 @gluon.jit
@@ -57,8 +55,7 @@ def begin(seat, memory, call, item, tiles, place, temperature, c):
         w = w * v_scale
     p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
     end_softmax(seat, memory, c)
-    o, rest = no_products(c)
-    return State(o, rest, m, l, p, gl.full_like(m, 1.0))
+    return State(gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O), m, l, p, gl.full_like(m, 1.0))
 
 
 @gluon.jit
@@ -76,7 +73,7 @@ def walk(
         values = value_place(seat.n + t - 1, t - 1, tiles, c)
         s_acc = start_scores(seat, memory, keys, c)
         state = rescaled(state, c)  # while the scores are made
-        o_acc, rest_acc = start_products(memory, state, values, c)
+        o_acc = start_products(memory, state, values, c)
         scale, v_scale = scales(t, tiles, call, KEYS, c)
         if EDGES == ALL:
             visible = seen(t, tiles, place, item, call, KEYS, c)
@@ -94,15 +91,15 @@ def walk(
             w = w * v_scale
         p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
         end_softmax(seat, memory, c)
-        o, rest = finish_products(state, o_acc, rest_acc, c)
+        o, used = warpgroup_mma_wait(0, [o_acc, state.p])
         memory.v_ring.release(values)
-        state = State(o, rest, m, l, p, alpha)
+        state = State(o, m, l, p, alpha)
     return state
 
 
 @gluon.jit
 def attend(WHO: gl.constexpr, memory, call, item, tiles, row0, n, number, c):
-    """(accumulators, maxima, sums) of a consumer's rows over the item's key tiles."""
+    """(accumulator, maxima, sums) of a consumer's rows over the item's key tiles."""
     CAN_SKIP: gl.constexpr = WHO == 0 and c.CAUSAL and c.TOKENS > c.BLOCK_N
     place = place_of(item, tiles, row0, call, c)
     temperature = temperature_of(call, item, row0, c)
@@ -147,10 +144,10 @@ def attend(WHO: gl.constexpr, memory, call, item, tiles, row0, n, number, c):
         mbarrier.arrive(memory.q_empty.index(query), count=1)
     state = rescaled(state, c)
     values = value_place(n + tiles.end - 1, tiles.end - 1, tiles, c)
-    o_acc, rest_acc = start_products(memory, state, values, c)
-    o, rest = finish_products(state, o_acc, rest_acc, c)
+    o_acc = start_products(memory, state, values, c)
+    o, used = warpgroup_mma_wait(0, [o_acc, state.p])
     memory.v_ring.release(values)
-    return o, rest, state.m, row_sums(state.l, c)
+    return o, state.m, row_sums(state.l, c)
 
 
 @gluon.jit
@@ -168,18 +165,18 @@ def consume(WHO: gl.constexpr, call, memory, c):
             head += WHO
         else:
             row0 += WHO * ROWS
-        o, rest = no_products(c)
+        o = gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O)
         m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
         l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
         if (not c.SPLIT) or tiles.begin < tiles.end:
-            o, rest, m, l = attend(WHO, memory, call, item, tiles, row0, n - tiles.begin, number, c)
+            o, m, l = attend(WHO, memory, call, item, tiles, row0, n - tiles.begin, number, c)
             n += tiles.end - tiles.begin
             number += 1
         if c.SPLIT:
-            store_part(call, item, tiles, row0, head, o, rest, m, l, c)
+            store_part(call, item, tiles, row0, head, o, m, l, c)
         else:
             query = (number - 1) % c.QUERIES * 2 + WHO
-            store(query, memory, call, item, row0, head, o, rest, m, l, c)
+            store(query, memory, call, item, row0, head, o, m, l, c)
             if c.STAGED and c.QUERIES == 1:
                 tma.store_wait(0)
                 mbarrier.arrive(memory.q_empty.index(query), count=1)
@@ -225,17 +222,14 @@ def tiled_kernel(
     BY_POSITION: gl.constexpr = WINDOW and Q_POSITIONS
     SHARE: gl.constexpr = PARTS if LATENT else 1  # consumers that share a tile's scores
     KEYS: gl.constexpr = BLOCK_N // SHARE
-    K_REST: gl.constexpr = rest_of(HEAD_DIM, K_COLUMNS)
-    V_REST: gl.constexpr = rest_of(HEAD_DIM_V, BLOCK_DV)
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PANEL if V_REST > 0 else BLOCK_DV, 16])
-    REST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, max(V_REST, 16), 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     c = Shape(
         NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 or LATENT else 2 * ROWS, HEAD_DIM, HEAD_DIM_V,
-        BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, K_REST, V_REST, QUERIES, ONE_RING, STAGED, LATENT,
+        BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, QUERIES, ONE_RING, STAGED, LATENT,
         APART, SPLIT, HAS_POOL, (HAS_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW, MASK,
         MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK or (WINDOW and SPLIT), OFFSETS, LSE,
         V_SCALED, NEGATE, 0.0 if V_SCALED and q_desc.dtype == gl.float16 else SLACK,
-        gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]), O, REST, gl.DotOperandLayout(0, O, 2),
+        gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]), O, gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip
     call = Call(
         o_desc if STAGED else q_desc, o, lse if LSE else o, partial if SPLIT else o, partial_ml if SPLIT else o,

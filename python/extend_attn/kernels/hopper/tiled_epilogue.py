@@ -8,45 +8,19 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ..softmax import LN2, LOG2E
 from .gluon_compat import constexpr_function, reinterpret, tma_store
-from .tiled_work import PANEL, ROWS, box_at
+from .tiled_work import ROWS, box_at
 
 
 @constexpr_function
 def output_layout(columns):
     """An accumulator's rows with 8 neighbouring columns a thread, for 16-byte stores."""
-    registers = [[0, 1], [0, 2], [0, 4], *([0, 1 << i] for i in range(5, columns.bit_length() - 1))]
-    lanes = [[0, 8], [1, 0], [2, 0], [4, 0]]
-    if columns > 16:
-        lanes.insert(1, [0, 16])
-        registers.insert(3, [8, 0])
-    else:
-        lanes.append([8, 0])
+    registers = [[0, 1], [0, 2], [0, 4], [8, 0]] + [[0, 1 << i] for i in range(5, columns.bit_length() - 1)]
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, columns])
 
 
 @gluon.jit
-def times(o, rest, factor, c):
-    """Both accumulators, their rows multiplied."""
-    o = o * gl.convert_layout(factor, gl.SliceLayout(1, c.O))[:, None]
-    if c.V_REST > 0:
-        rest = rest * gl.convert_layout(factor, gl.SliceLayout(1, c.REST))[:, None]
-    return o, rest
-
-
-@gluon.jit
-def store_columns(call, item, row0, head, o, COLUMN: gl.constexpr, OUT: gl.constexpr, c):
-    """Columns of the output from COLUMN on."""
-    out = gl.convert_layout(o.to(call.o.dtype.element_ty), OUT)
-    token = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
-    column = item.v_slice * c.BLOCK_DV + COLUMN + gl.arange(0, o.shape[1], layout=gl.SliceLayout(0, OUT))
-    base = call.o + head.to(gl.int64) * call.stride_oh
-    pointers = base + ((item.q_start + token).to(gl.int64) * call.stride_ot)[:, None] + column[None, :]
-    pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])
-    gl.store(pointers, out, mask=(token < item.extend_len)[:, None] & (column < c.HEAD_DIM_V)[None, :])
-
-
-@gluon.jit
-def store(query, memory, call, item, row0, head, o, rest, m, l, c):
+def store(query, memory, call, item, row0, head, o, m, l, c):
     """Sink, division, output and LSE. STAGED: TMA is on its way with the output from the place of query tile ``query``
     when this returns. Else it changes its layout for 16-byte stores, unless no shared memory is left to do that in."""
     if c.SINKS:
@@ -55,7 +29,7 @@ def store(query, memory, call, item, row0, head, o, rest, m, l, c):
         finite = gl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = gl.exp2(m - finite)
         l = l * alpha + gl.exp2(sink - finite)
-        o, rest = times(o, rest, alpha, c)
+        o = o * gl.convert_layout(alpha, gl.SliceLayout(1, c.O))[:, None]
         m = m_new
     if c.LSE:
         if item.v_slice == 0:
@@ -64,7 +38,7 @@ def store(query, memory, call, item, row0, head, o, rest, m, l, c):
             gl.store(call.lse + at, (m + gl.log2(l)) * LN2, mask=token < item.extend_len)
     if c.UNSEEN:  # 0 for a row that saw nothing; its LSE is -inf
         l = gl.where(l == 0.0, 1.0, l)
-    o, rest = times(o, rest, 1.0 / l, c)
+    o = o * gl.convert_layout(1.0 / l, gl.SliceLayout(1, c.O))[:, None]
     if c.STAGED:
         # output tiles in a query tile's place; that of LATENT's one query has the two consumers'
         TILES: gl.constexpr = 1 if c.LATENT else c.K_CHUNKS * c.K_COLUMNS // c.BLOCK_DV
@@ -72,23 +46,24 @@ def store(query, memory, call, item, row0, head, o, rest, m, l, c):
         NUMBER: gl.constexpr = 2 * c.QUERIES * TILES
         places = reinterpret(slots, slots.dtype, [NUMBER, ROWS, c.BLOCK_DV], memory.v_ring.slots.layout)
         place = places.index(query * TILES)
-        if c.V_REST > 0:  # what is beyond lies past the head dim
-            place.slice(0, PANEL, 1).store(o.to(slots.dtype))
-            place.slice(PANEL, c.V_REST, 1).store(rest.to(slots.dtype))
-        else:
-            place.store(o.to(slots.dtype))
+        place.store(o.to(slots.dtype))
         fence_async_shared()
         tma_store(call.o_desc, box_at(item, row0, head, item.v_slice * c.BLOCK_DV), place)
     else:
         DIRECT: gl.constexpr = c.V_SLICES > 1
-        store_columns(call, item, row0, head, o, 0, c.O if DIRECT else output_layout(o.shape[1]), c)
-        if c.V_REST > 0:
-            store_columns(call, item, row0, head, rest, PANEL, output_layout(c.V_REST), c)
+        OUT: gl.constexpr = c.O if DIRECT else output_layout(c.BLOCK_DV)
+        out = gl.convert_layout(o.to(call.o.dtype.element_ty), OUT)
+        token = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+        column = item.v_slice * c.BLOCK_DV + gl.arange(0, c.BLOCK_DV, layout=gl.SliceLayout(0, OUT))
+        base = call.o + head.to(gl.int64) * call.stride_oh
+        pointers = base + ((item.q_start + token).to(gl.int64) * call.stride_ot)[:, None] + column[None, :]
+        pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])
+        gl.store(pointers, out, mask=(token < item.extend_len)[:, None] & (column < c.HEAD_DIM_V)[None, :])
 
 
 @gluon.jit
-def store_part(call, item, tiles, row0, head, o, rest, m, l, c):
-    """A split's accumulators, maxima, sums in tiles of 64 tokens of one head; a split without keys has a sum of 0."""
+def store_part(call, item, tiles, row0, head, o, m, l, c):
+    """A split's accumulator, maxima, sums in tiles of 64 tokens of one head; a split without keys has a sum of 0."""
     BLOCKS: gl.constexpr = c.TOKENS // ROWS
     block = item.block * BLOCKS + (row0 - item.first) // ROWS
     tile = (item.sequence * call.row_blocks * BLOCKS + block) * c.NUM_HEADS + head
@@ -97,15 +72,8 @@ def store_part(call, item, tiles, row0, head, o, rest, m, l, c):
     if item.v_slice == 0:
         gl.store(call.partial_ml + slot * (2 * ROWS) + r, m)
         gl.store(call.partial_ml + slot * (2 * ROWS) + ROWS + r, l)
-    real = tiles.begin < tiles.end
-    _store_part_columns(call, item, row0, slot, real, o, 0, c.O, c)
-    if c.V_REST > 0:
-        _store_part_columns(call, item, row0, slot, real, rest, PANEL, c.REST, c)
-
-
-@gluon.jit
-def _store_part_columns(call, item, row0, slot, real, o, COLUMN: gl.constexpr, LAYOUT: gl.constexpr, c):
-    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    column = item.v_slice * c.BLOCK_DV + COLUMN + gl.arange(0, o.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, c.O))
+    column = item.v_slice * c.BLOCK_DV + gl.arange(0, c.BLOCK_DV, layout=gl.SliceLayout(0, c.O))
     pointers = call.partial + (slot * ROWS + r)[:, None] * (c.BLOCK_DV * c.V_SLICES) + column[None, :]
-    gl.store(pointers, o, mask=((row0 + r < item.extend_len) & real)[:, None] & (column >= 0)[None, :])
+    real = (row0 + r < item.extend_len) & (tiles.begin < tiles.end)
+    gl.store(pointers, o, mask=real[:, None] & (column >= 0)[None, :])

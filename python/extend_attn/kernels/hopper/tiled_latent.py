@@ -26,7 +26,7 @@ from .tiled_epilogue import store, store_part
 from .tiled_masks import BOTH, NEW, first_key, sees, some_row_sees
 from .tiled_producer import arrived, load_runs, new_rows, no_slots, rows_of, slots_of
 from .tiled_schedule import announce, announced, count_blocks, receive, search_at
-from .tiled_softmax import lane_sums, logits, row_sums, scales, temperature_of
+from .tiled_softmax import logits, scales, temperature_of
 from .tiled_work import ROWS, Item, box_at, place_of, tiles_of
 
 HALVES = gl.constexpr(2)  # of the value columns, one a consumer
@@ -89,7 +89,7 @@ def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, rest, c):
     temperature = temperature_of(call, item, item.first, c)
     o = gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O)
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
-    l = lane_sums(gl.zeros([ROWS, c.BLOCK_N // PARTS], gl.float32, c.S))
+    l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
     for t in range(tiles.begin, tiles.end):
         s_acc = scores(WHO, memory, n, rest, c)
         scale, v_scale = scales(t, tiles, call, KEYS, c)
@@ -126,8 +126,7 @@ def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, rest, c):
         w = gl.exp2(s - finite[:, None])
         alpha = gl.exp2(m - finite)
         m = m_new
-        in_lanes = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout), assert_trivial=True)
-        l = l * in_lanes[:, None] + lane_sums(w)
+        l = l * alpha + gl.sum(w, 1)
         if c.V_SCALED:
             w = w * v_scale
         w = w.to(memory.q_slots.dtype)
@@ -150,7 +149,7 @@ def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, rest, c):
         memory.k_ring.release(at + 1)
         n += 1
         rest += 1
-    return o, m, row_sums(l, c), n, rest
+    return o, m, l, n, rest
 
 
 @gluon.jit

@@ -13,16 +13,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_compat import struct
 from .tiled_softmax import rescale
-from .tiled_work import PANEL, ROWS
+from .tiled_work import ROWS
 
 
 @struct
 class State:
-    """A consumer's running softmax: accumulators (``rest`` is a stand-in where the first has all columns), maxima and
-    sums, the weights whose values are still to come, and what the accumulators are still to be multiplied by."""
+    """A consumer's running softmax: accumulator, maxima and lanes' sums, the weights whose values are still to come,
+    and what the accumulator is still to be multiplied by."""
 
     o: gl.tensor
-    rest: gl.tensor
     m: gl.tensor
     l: gl.tensor
     p: gl.tensor
@@ -51,14 +50,7 @@ def start_scores(seat, memory, n, c):
         if c.GATHERS:
             fence_async_shared()
         q = memory.q_slots.index(seat.query * c.K_CHUNKS + chunk)
-        k = memory.k_ring.slot(at)
-        if c.K_REST > 0:  # a slot's columns past the head dim are not multiplied
-            left = k.slice(0, PANEL, 1).permute((1, 0))
-            acc = warpgroup_mma(q.slice(0, PANEL, 1), left, acc, use_acc=False, is_async=True)
-            right = k.slice(PANEL, c.K_REST, 1).permute((1, 0))
-            acc = warpgroup_mma(q.slice(PANEL, c.K_REST, 1), right, acc, is_async=True)
-        else:
-            acc = warpgroup_mma(q, k.permute((1, 0)), acc, use_acc=chunk > 0, is_async=True)
+        acc = warpgroup_mma(q, memory.k_ring.slot(at).permute((1, 0)), acc, use_acc=chunk > 0, is_async=True)
         if ONE_TILE and chunk > 0:
             acc = warpgroup_mma_wait(1, [acc])
             memory.k_ring.release(at - 1)
@@ -95,42 +87,9 @@ def start_products(memory, state, n, c):
     memory.v_ring.wait_full(n)
     if c.GATHERS:
         fence_async_shared()
-    v = memory.v_ring.slot(n)
-    rest = state.rest
-    if c.V_REST > 0:
-        o = warpgroup_mma(state.p, v.slice(0, PANEL, 1), state.o, is_async=True)
-        p = gl.convert_layout(state.p, gl.DotOperandLayout(0, c.REST, 2))
-        rest = warpgroup_mma(p, v.slice(PANEL, c.V_REST, 1), rest, is_async=True)
-    else:
-        o = warpgroup_mma(state.p, v, state.o, is_async=True)
-    return o, rest
-
-
-@gluon.jit
-def finish_products(state, o, rest, c):
-    """The accumulators of ``start_products``, once they are made."""
-    if c.V_REST > 0:
-        o, rest, used = warpgroup_mma_wait(0, [o, rest, state.p])
-    else:
-        o, used = warpgroup_mma_wait(0, [o, state.p])
-    return o, rest
+    return warpgroup_mma(state.p, memory.v_ring.slot(n), state.o, is_async=True)
 
 
 @gluon.jit
 def rescaled(state, c):
-    o = rescale(state.o, state.alpha, c.O)
-    rest = state.rest
-    if c.V_REST > 0:
-        rest = rescale(rest, state.alpha, c.REST)
-    return State(o, rest, state.m, state.l, state.p, state.alpha)
-
-
-@gluon.jit
-def no_products(c):
-    """Accumulators of nothing."""
-    o = gl.zeros([ROWS, PANEL if c.V_REST > 0 else c.BLOCK_DV], gl.float32, c.O)
-    if c.V_REST > 0:
-        rest = gl.zeros([ROWS, c.V_REST], gl.float32, c.REST)
-    else:
-        rest = gl.to_tensor(0.0)
-    return o, rest
+    return State(rescale(state.o, state.alpha, c.O), state.m, state.l, state.p, state.alpha)

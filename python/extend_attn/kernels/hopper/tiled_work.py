@@ -6,18 +6,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from .gluon_compat import constexpr_function, struct
+from .gluon_compat import struct
 from .ring import Ring
 
-PANEL: gl.constexpr = gl.constexpr(64)  # columns of a swizzled panel of shared memory
 ROWS: gl.constexpr = gl.constexpr(64)  # query rows of a consumer: one warpgroup product is that high
 MIN_SPLIT_TILES: gl.constexpr = gl.constexpr(4)  # key tiles from which a split is worth its partial result
-
-
-@constexpr_function
-def rest_of(columns, block):
-    """Columns of a block's second panel that are multiplied, where that is not all of them: 16, 32; else 0."""
-    return 0 if block != 2 * 64 else 16 if columns <= 64 + 16 else 32 if columns <= 64 + 32 else 0
 
 
 @struct
@@ -27,12 +20,11 @@ class Shape:
     HEADS 2: the two consumers take two query heads of one KV head over the same 64 tokens; 1: two blocks of 64 tokens
     of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns, or, if
     LATENT, where values are the first columns of keys, consumers (tiled_latent.py); APART: those of new tokens are not.
-    K_REST, V_REST: what rest_of says; REST is then the layout of the second accumulator. QUERIES: query tiles a
-    consumer, this item's and the next one's if there are two. ONE_RING: keys and values share a ring. STAGED: the
-    output leaves through the query's place. SPLIT: items that share a block's keys. GATHERS: rows come by asynchronous
-    copies, which consumers must fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py calls the pool's codes.
-    BY_POSITION: the window goes by ``q_positions``. SLACK: see weigh. UNSEEN: a row may see no key of an item. S, O, P:
-    the layouts of a consumer's logits, accumulator, weights.
+    QUERIES: query tiles a consumer, this item's and the next one's if there are two. ONE_RING: keys and values share a
+    ring. STAGED: the output leaves through the query's place. SPLIT: items that share a block's keys. GATHERS: rows
+    come by asynchronous copies, which consumers must fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py
+    calls the pool's codes. BY_POSITION: the window goes by ``q_positions``. SLACK: see weigh. UNSEEN: a row may see no
+    key of an item. S, O, P: the layouts of a consumer's logits, accumulator, weights.
     """
 
     NUM_HEADS: gl.constexpr
@@ -47,8 +39,6 @@ class Shape:
     K_CHUNKS: gl.constexpr
     BLOCK_DV: gl.constexpr
     V_SLICES: gl.constexpr
-    K_REST: gl.constexpr
-    V_REST: gl.constexpr
     QUERIES: gl.constexpr
     ONE_RING: gl.constexpr
     STAGED: gl.constexpr
@@ -77,7 +67,6 @@ class Shape:
     SLACK: gl.constexpr
     S: gl.constexpr
     O: gl.constexpr
-    REST: gl.constexpr
     P: gl.constexpr
 
 
