@@ -340,5 +340,6 @@ def test_it_is_the_default_where_it_is_proven(monkeypatch):
     monkeypatch.setattr("extend_attn.plan.tables.PACKAGED", Path("no tables"))
     forget()
     assert select(CHUNK, H100).family == FAMILY
+    assert select(replace(CHUNK, max_len_extend=64), H100).pack_gqa
     assert select(replace(CHUNK, custom_mask=True), H100).family == FAMILY
     forget()

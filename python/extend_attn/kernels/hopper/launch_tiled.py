@@ -27,13 +27,14 @@ from ..recipe import Recipe, features, kernel, scalars, strides
 from .launch_packed import FP8_CODES, codes_of, mask_bytes, multiprocessors
 from .tiled import tiled_kernel
 
-# Registers a thread of (consumers, producer): what setmaxnreg divides the 168 of a launch with 12 warps into. A gather
-# needs 40 (with 56 it was 5 to 8 % slower, because the consumers have 224 then), TMA 24.
-# A conversion of fp8 codes holds a tile of them, a mask its bytes.
-GATHER_REGISTERS, TMA_REGISTERS, FP8_REGISTERS = (232, 40), (240, 24), (216, 80)
+# Registers a thread of (consumers, producer): what setmaxnreg divides the 168 of a launch with 12 warps into. TMA needs
+# 24, a gather 40. 128 keys have twice the slots, and splits take more to find: with 40 the producer spills between
+# copies (d128_extend_pref 742 us, 601 to 643 with 56; one_chunk 93 and 76). A conversion of fp8 codes holds a tile of
+# them, a mask its bytes.
+GATHER_REGISTERS, WIDE_GATHER_REGISTERS, TMA_REGISTERS, FP8_REGISTERS = (232, 40), (224, 56), (240, 24), (216, 80)
 MAX_REGISTERS = 168
 PRODUCER_WARPS = 4  # that gather
-RUN, PANEL = 64, 64  # rows, and columns if not all, of a TMA box of the pool: see tiled_producer.py
+PANEL = 64  # columns of a TMA box of the pool: see tiled_producer.py
 RAGGED_ROWS = 1 << 30  # see tiled_producer.py
 RAGGED_END = 0x7FFF0000  # more than any row
 
@@ -56,7 +57,11 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     on["CAUSAL"] = on["CAUSAL"] and not on["MASK"]
     gather = on["HAS_POOL"] or on["MASK"]
     fp8 = FP8_CODES.get(problem.kv_dtype, 0) if on["HAS_POOL"] else 0
-    registers = FP8_REGISTERS if fp8 or on["MASK"] else GATHER_REGISTERS if gather else TMA_REGISTERS
+    registers = GATHER_REGISTERS if gather else TMA_REGISTERS
+    if fp8 or on["MASK"]:
+        registers = FP8_REGISTERS
+    elif gather and (plan.tile.block_n > 64 or plan.split_kv > 1) and not latent(problem):
+        registers = WIDE_GATHER_REGISTERS
     constants: Dict[str, Any] = dict(
         NUM_HEADS=problem.num_q_heads,
         GROUP=problem.group,
@@ -102,8 +107,8 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         keys, box, values = keys // 2, LATENT_REST, LATENT_REST
     boxes = (ROWS, box), (keys, box), (keys, values), (ROWS, block_dv) if staged else None
     runs = None, None
-    if on["HAS_POOL"] and not (fp8 or on["MASK_PREFIX"]):
-        runs = ((RUN, columns), (RUN, block_dv)) if keys == RUN else ((min(keys, RUN), PANEL),) * 2
+    if on["HAS_POOL"] and latent(problem) and not on["MASK_PREFIX"]:  # elsewhere copies are as fast
+        runs = ((keys, PANEL),) * 2
     if plan.split_kv == 1:
         return Recipe((tiled,), functools.partial(_tensors, boxes, runs))
     row_blocks *= 1 if one_tile else 2

@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .ring import Ring, barriers
-from .tiled_codes import produce_codes
 from .tiled_epilogue import store, store_part
 from .tiled_latent import BOX, PARTS, consume_latent, produce_latent
 from .tiled_masks import ALL, BOTH, END, NEW, NONE, POOL, SOME, before_end, hide, seen
@@ -294,7 +293,7 @@ def tiled_kernel(
         [
             (consume_latent if LATENT else consume, (0, call, memory, c)),
             (consume_latent if LATENT else consume, (1, call, memory, c)),
-            (produce_latent if LATENT else produce_codes if FP8 else produce, (sources, call, memory, ARRIVALS, c)),
+            (produce_latent if LATENT else produce, (sources, call, memory, ARRIVALS, c)),
         ],
         [4, PRODUCER_WARPS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -12,8 +12,9 @@ a row that it does see, and their scores are masked.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from .fp8_rows import load_codes, put_codes
 from .gluon_compat import constexpr_function, gather_load, reinterpret, struct, tma_load
 from .tiled_masks import some_row_sees
 from .tiled_schedule import announce, announced, count_blocks, search_at
@@ -42,7 +43,7 @@ class Sources:
     v_runs: tma.tensor_descriptor
 
 
-RUN = gl.constexpr(64)  # consecutive slots that TMA loads at once; with 16, boxes wait for one another
+RUN = gl.constexpr(64)  # consecutive slots that are worth TMA (latent keys alone: elsewhere copies are as fast)
 PANEL = gl.constexpr(64)  # columns of a swizzled panel
 
 
@@ -180,8 +181,8 @@ def arrived(kv_indices, slots, c):
 
 @gluon.jit
 def load_runs(desc, kv_indices, start, head, column, barrier, destination):
-    """Rows from key ``start`` on, at consecutive slots, by TMA, into a slot of the ring. That is panels of 64 columns,
-    each all rows high: boxes are as wide as it where they are as high, else as wide as a panel."""
+    """Rows from key ``start`` on, at consecutive slots, by TMA, into a slot of the ring, which is panels of 64 columns,
+    each all rows high."""
     COLUMNS: gl.constexpr = destination.shape[1]
     PANELS: gl.constexpr = COLUMNS // PANEL
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -189,14 +190,11 @@ def load_runs(desc, kv_indices, start, head, column, barrier, destination):
     BOX: gl.constexpr = desc.block_shape[0]  # rows
     BOXES: gl.constexpr = destination.shape[0] // BOX
     mbarrier.expect(barrier, destination.shape[0] * COLUMNS * 2)
-    if desc.block_shape[2] == COLUMNS and BOXES == 1:
-        tma_load(desc, [gl.load(kv_indices + start).to(gl.int32), head, column], barrier, destination)
-    else:
-        boxes = reinterpret(destination, destination.dtype, [PANELS * BOXES, BOX, PANEL], LAYOUT)
-        for box in gl.static_range(BOXES):
-            slot = gl.load(kv_indices + start + box * BOX).to(gl.int32)
-            for panel in gl.static_range(PANELS):
-                tma_load(desc, [slot, head, column + panel * PANEL], barrier, boxes.index(panel * BOXES + box))
+    boxes = reinterpret(destination, destination.dtype, [PANELS * BOXES, BOX, PANEL], LAYOUT)
+    for box in gl.static_range(BOXES):
+        slot = gl.load(kv_indices + start + box * BOX).to(gl.int32)
+        for panel in gl.static_range(PANELS):
+            tma_load(desc, [slot, head, column + panel * PANEL], barrier, boxes.index(panel * BOXES + box))
 
 
 @gluon.jit
@@ -206,36 +204,58 @@ def rows_of(base, slots, stride, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def gather_keys(sources, head, slots, kv_indices, ring, n, LAYOUT: gl.constexpr, c):
+def convert(
+    rows, exists, COLUMN: gl.constexpr, limit: gl.constexpr, columns: gl.constexpr, ring, n, LAYOUT: gl.constexpr, c
+):
+    """``gather`` of an fp8 pool's rows, by pointers to words of four codes; these wait in registers for the slot."""
+    codes = load_codes(rows, exists, COLUMN, columns, limit, LAYOUT)
+    ring.wait_empty(n)
+    put_codes(ring.slot(n), codes, 0, c.FP8, ring.slots.dtype == gl.float16, True)
+    fence_async_shared()
+    mbarrier.arrive(ring.filled(n), count=gl.num_warps() * 32)
+
+
+@gluon.jit
+def words_of(pool, head, slots, stride_head, stride, LAYOUT: gl.constexpr):
+    """Pointers to the rows of ``slots`` in an fp8 pool, as words of four codes."""
+    base = pool.to(gl.pointer_type(gl.int32), bitcast=True) + head.to(gl.int64) * (stride_head // 4)
+    return rows_of(base, slots, stride // 4, LAYOUT)
+
+
+@gluon.jit
+def gather_keys(sources, head, slots, ring, n, LAYOUT: gl.constexpr, c):
     PADDED: gl.constexpr = c.HEAD_DIM != c.K_COLUMNS * c.K_CHUNKS
-    if c.RUNS and slots.strays == 0:
-        for chunk in gl.static_range(c.K_CHUNKS):
-            at = n * c.K_CHUNKS + chunk
-            ring.wait_empty(at)
-            column = chunk * c.K_COLUMNS
-            load_runs(sources.k_runs, kv_indices, slots.start, head, column, ring.filled(at), ring.slot(at))
+    if c.FP8:
+        rows = words_of(sources.k_pool, head, slots, sources.stride_kg, sources.stride_ks, LAYOUT)
+        exists = gl.full([c.BLOCK_N], 1, gl.int1, gl.SliceLayout(1, LAYOUT))
     else:
         rows = rows_of(sources.k_pool + head.to(gl.int64) * sources.stride_kg, slots, sources.stride_ks, LAYOUT)
-        for chunk in gl.static_range(c.K_CHUNKS):
-            at = n * c.K_CHUNKS + chunk
-            column = chunk * c.K_COLUMNS
+    for chunk in gl.static_range(c.K_CHUNKS):
+        at = n * c.K_CHUNKS + chunk
+        column = chunk * c.K_COLUMNS
+        if c.FP8:
+            convert(rows, exists, chunk * c.K_COLUMNS, c.HEAD_DIM, c.K_COLUMNS, ring, at, LAYOUT, c)
+        else:
             ring.wait_empty(at)
             gather(rows, rows, column, c.HEAD_DIM, c.K_COLUMNS, PADDED, False, ring.filled(at), ring.slot(at), LAYOUT)
 
 
 @gluon.jit
-def gather_values(sources, item, tiles, t, head, slots, kv_indices, ring, n, LAYOUT: gl.constexpr, call, c):
+def gather_values(sources, item, tiles, t, head, slots, ring, n, LAYOUT: gl.constexpr, call, c):
     """Tile t's values, which lie in ``slots`` of the pool."""
     PADDED: gl.constexpr = c.HEAD_DIM_V != c.BLOCK_DV * c.V_SLICES
     column = item.v_slice * c.BLOCK_DV
-    if c.RUNS and (not c.MASK_PREFIX) and slots.strays == 0:
-        ring.wait_empty(n)
-        load_runs(sources.v_runs, kv_indices, slots.start, head, column, ring.filled(n), ring.slot(n))
+    if c.MASK_PREFIX:
+        exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
+    elif c.FP8:
+        exists = gl.full([c.BLOCK_N], 1, gl.int1, gl.SliceLayout(1, LAYOUT))
+    else:
+        exists = slots.slots
+    if c.FP8:
+        rows = words_of(sources.v_pool, head, slots, sources.stride_vg, sources.stride_vs, LAYOUT) + column // 4
+        convert(rows, exists, 0, c.HEAD_DIM_V, c.BLOCK_DV, ring, n, LAYOUT, c)
     else:
         rows = rows_of(sources.v_pool + head.to(gl.int64) * sources.stride_vg, slots, sources.stride_vs, LAYOUT)
-        exists = rows
-        if c.MASK_PREFIX:
-            exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
         ring.wait_empty(n)
         gather(
             rows, exists, column, c.HEAD_DIM_V, c.BLOCK_DV, PADDED, c.MASK_PREFIX, ring.filled(n), ring.slot(n), LAYOUT
@@ -270,7 +290,8 @@ def new_values(sources, item, tiles, t, head, ring, n, ARRIVALS: gl.constexpr, c
 def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     """K of tile t + 1 goes before V of tile t: that is the order in which consumers ask for them. Slots are looked up
     a tile ahead, the next item while consumers have the first tiles of this one."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    # a thread's share of a row: 8 elements of 16 bits, or 8 codes in two words
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2 if c.FP8 else 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     total = count_blocks(call, c)
     n = 0
     number = 0
@@ -293,13 +314,13 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
             keys_at = key_place(n, t, tiles, c)
             values_at = value_place(n - 1, t - 1, tiles, c)
             if c.HAS_POOL:
-                following = arrived(kv_indices, ahead, c)
+                following = ahead
                 ahead = slots_of(kv_indices, item, tiles, t + 1, c)
             if t < tiles.end:
                 if (not c.UNIFIED) and t < tiles.new_tiles:
                     load_keys(sources.k, item, tiles.new_hi - 1 - t, head, memory.k_ring, keys_at, ARRIVALS, c)
                 elif c.HAS_POOL:
-                    gather_keys(sources, head, following, kv_indices, memory.k_ring, keys_at, LAYOUT, c)
+                    gather_keys(sources, head, following, memory.k_ring, keys_at, LAYOUT, c)
             if t == tiles.begin:
                 if c.QUERIES == 1:
                     if works:
@@ -308,7 +329,7 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
                 new_values(sources, item, tiles, t - 1, head, memory.v_ring, values_at, ARRIVALS, call, c)
             elif c.HAS_POOL:
                 gather_values(
-                    sources, item, tiles, t - 1, head, slots, kv_indices, memory.v_ring, values_at, LAYOUT, call, c
+                    sources, item, tiles, t - 1, head, slots, memory.v_ring, values_at, LAYOUT, call, c
                 )  # fmt: skip
             if t == search_at(tiles):
                 announce(memory.board, turn + 1, total, call, c)

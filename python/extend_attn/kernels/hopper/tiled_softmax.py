@@ -74,7 +74,7 @@ def _rescale_assembly(number):
 
 @constexpr_function
 def _rescale_operands(number):
-    return ",".join(["=f"] * number + ["f"] * (2 * number))
+    return ",".join(["=&f"] * number + ["f"] * (2 * number))
 
 
 @gluon.jit
