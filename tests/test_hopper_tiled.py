@@ -341,5 +341,7 @@ def test_it_is_the_default_where_it_is_proven_and_blocks_are_full(monkeypatch):
     forget()
     assert select(CHUNK, H100).family == FAMILY
     assert select(replace(CHUNK, max_len_extend=32), H100).family == "tiled"
+    assert select(replace(CHUNK, max_len_extend=64), H100).pack_gqa
+    assert select(replace(CHUNK, max_len_extend=64, num_q_heads=12), H100).family == "tiled"
     assert select(replace(CHUNK, custom_mask=True), H100).family == FAMILY
     forget()

@@ -22,7 +22,9 @@ from .tile import BLOCK_M_MIN, STAGES_MAX, Plan, Tile
 PROVEN: Tuple[str, ...] = ("hopper_packed", "hopper_tiled")
 # Up to this many new tokens a sequence hopper_packed is the default: the plain packed family's own limit.
 HOPPER_PACKED_MAX_LEN_EXTEND = 16
-# From this many on hopper_tiled is: below it a consumer's 64 rows are not full.
+# From this many on hopper_tiled is: below it a consumer's 64 rows are not full. Up to 64 must also go two heads to a
+# program, or half of its rows are empty (32,64 after 2000 at head dim 128: 178 us with two heads, 335 with one, plain
+# 208).
 HOPPER_TILED_MIN_LEN_EXTEND = 64
 PACKED_BLOCK_N = 64
 # fp8 codes are converted a tile at a time: wider tiles of small heads wait less often (64 sequences of 4000 tokens at
@@ -59,7 +61,7 @@ def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan
         return None
     if problem.max_len_extend <= HOPPER_PACKED_MAX_LEN_EXTEND:
         plan = hopper_packed_plan(problem, device)
-    elif problem.max_len_extend >= HOPPER_TILED_MIN_LEN_EXTEND:
+    elif problem.max_len_extend >= HOPPER_TILED_MIN_LEN_EXTEND and _fills_rows(problem):
         plan = hopper_tiled_plan(problem, device)
     else:
         return None
@@ -126,6 +128,11 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
 def _long(problem: Problem) -> bool:
     """Whether a block of rows is a whole prompt's: its queries and outputs then cost little beside its keys."""
     return problem.sliding_window <= 0 and problem.max_len_extend >= PACK_MIN_LEN_EXTEND
+
+
+def _fills_rows(problem: Problem) -> bool:
+    """Whether hopper_tiled's programs have as many tokens as rows."""
+    return problem.max_len_extend > ROWS or latent(problem) or _pairs(problem)
 
 
 def _pairs(problem: Problem) -> bool:
