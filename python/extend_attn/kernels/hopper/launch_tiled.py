@@ -28,10 +28,9 @@ from .launch_packed import FP8_CODES, codes_of, mask_bytes, multiprocessors
 from .tiled import tiled_kernel
 
 # Registers a thread of (consumers, producer): what setmaxnreg divides the 168 of a launch with 12 warps into. TMA needs
-# 24, a gather 40. 128 keys have twice the slots, and splits take more to find: with 40 the producer spills between
-# copies (d128_extend_pref 742 us, 601 to 643 with 56; one_chunk 93 and 76). A conversion of fp8 codes holds a tile of
-# them, a mask its bytes.
-GATHER_REGISTERS, WIDE_GATHER_REGISTERS, TMA_REGISTERS, FP8_REGISTERS = (232, 40), (224, 56), (240, 24), (216, 80)
+# 24, a gather 40, 56 where keys are split (one_chunk 93 us with 40, 76 with 56). A conversion of fp8 codes holds a tile
+# of them, a mask its bytes.
+GATHER_REGISTERS, SPLIT_GATHER_REGISTERS, TMA_REGISTERS, FP8_REGISTERS = (232, 40), (224, 56), (240, 24), (216, 80)
 MAX_REGISTERS = 168
 PRODUCER_WARPS = 4  # that gather
 PANEL = 64  # columns of a TMA box of the pool: see tiled_producer.py
@@ -60,8 +59,8 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     registers = GATHER_REGISTERS if gather else TMA_REGISTERS
     if fp8 or on["MASK"]:
         registers = FP8_REGISTERS
-    elif gather and (plan.tile.block_n > 64 or plan.split_kv > 1) and not latent(problem):
-        registers = WIDE_GATHER_REGISTERS
+    elif gather and plan.split_kv > 1 and plan.tile.block_n <= 64 and not latent(problem):
+        registers = SPLIT_GATHER_REGISTERS
     constants: Dict[str, Any] = dict(
         NUM_HEADS=problem.num_q_heads,
         GROUP=problem.group,

@@ -289,9 +289,10 @@ def new_values(sources, item, tiles, t, head, ring, n, ARRIVALS: gl.constexpr, c
 @gluon.jit
 def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     """K of tile t + 1 goes before V of tile t: that is the order in which consumers ask for them. Slots are looked up
-    a tile ahead, the next item while consumers have the first tiles of this one."""
+    a tile ahead where registers hold them, the next item while consumers have the first tiles of this one."""
     # a thread's share of a row: 8 elements of 16 bits, or 8 codes in two words
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2 if c.FP8 else 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    AHEAD: gl.constexpr = c.HAS_POOL and c.BLOCK_N <= 64  # of 128 keys, registers do not hold two tiles' slots
     total = count_blocks(call, c)
     n = 0
     number = 0
@@ -305,7 +306,7 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
         kv_indices = sources.kv_indices + kv_start
         slots = no_slots(c)
         following = slots
-        if c.HAS_POOL:
+        if AHEAD:
             ahead = slots_of(kv_indices, item, tiles, tiles.begin, c)
         if c.QUERIES > 1:
             if works:
@@ -314,8 +315,11 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
             keys_at = key_place(n, t, tiles, c)
             values_at = value_place(n - 1, t - 1, tiles, c)
             if c.HAS_POOL:
-                following = ahead
-                ahead = slots_of(kv_indices, item, tiles, t + 1, c)
+                if AHEAD:
+                    following = ahead
+                    ahead = slots_of(kv_indices, item, tiles, t + 1, c)
+                else:
+                    following = slots_of(kv_indices, item, tiles, t, c)
             if t < tiles.end:
                 if (not c.UNIFIED) and t < tiles.new_tiles:
                     load_keys(sources.k, item, tiles.new_hi - 1 - t, head, memory.k_ring, keys_at, ARRIVALS, c)
