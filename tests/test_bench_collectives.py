@@ -85,9 +85,13 @@ def test_a_push_ends_where_it_was_measured():
 
 
 def test_eager_calls_that_the_launch_decides_follow_the_replayed_times():
-    eager = {8 * KIB: us(push=17.6, pull=17.1, nccl=35), MIB: us(push=40, pull=20)}
-    graph = {8 * KIB: us(push=2.5, pull=6), MIB: us(push=40, pull=20)}
-    assert [one.algo for one in thresholds(told_apart(eager, graph))] == ["one_shot_push", "one_shot_pull"]
+    large = us(push=40, pull=20)
+    eager = {4 * KIB: us(push=33.5, pull=17.1, nccl=35), 8 * KIB: us(push=20, pull=30, nccl=35), MIB: large}
+    graph = {4 * KIB: us(push=2.2, pull=4, nccl=6), 8 * KIB: us(push=2.5, pull=6, nccl=6), MIB: large}
+    apart = told_apart(eager, graph)
+    assert [one.algo for one in thresholds(apart)] == ["one_shot_push", "one_shot_pull"]
+    assert apart[4 * KIB] == us(push=17.1, pull=17.1 * 4 / 2.2, nccl=35)  # NCCL's launch is its own
+    assert apart[MIB] == eager[MIB]
     assert told_apart(eager, {}) == eager
 
 

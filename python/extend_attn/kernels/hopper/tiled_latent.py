@@ -228,8 +228,10 @@ def copy_slot(rows, exists, COLUMN: gl.constexpr, DIM: gl.constexpr, ring, n, LA
     columns = COLUMN + gl.arange(0, ring.slots.shape[2], layout=gl.SliceLayout(0, LAYOUT))
     pointers = gl.max_contiguous(gl.multiple_of(rows[:, None] + columns[None, :], [1, 16]), [1, 8])
     ring.wait_empty(n)
-    if c.MASK or DIM < HALVES * c.K_COLUMNS + BOX:
+    if c.MASK:
         gather_load(ring.slot(n), pointers, mask=exists[:, None] & (columns < DIM)[None, :])
+    elif DIM < HALVES * c.K_COLUMNS + BOX:
+        gather_load(ring.slot(n), pointers, mask=(columns < DIM)[None, :])
     else:
         gather_load(ring.slot(n), pointers)
     async_copy.mbarrier_arrive(ring.filled(n), increment_count=False)
