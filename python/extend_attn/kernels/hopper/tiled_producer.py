@@ -292,7 +292,8 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     a tile ahead where registers hold them, the next item while consumers have the first tiles of this one."""
     # a thread's share of a row: 8 elements of 16 bits, or 8 codes in two words
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2 if c.FP8 else 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    AHEAD: gl.constexpr = c.HAS_POOL and c.BLOCK_N <= 64  # of 128 keys, registers do not hold two tiles' slots
+    # of 128 keys, or beside four slots a key, registers do not hold two tiles' slots
+    AHEAD: gl.constexpr = c.HAS_POOL and c.BLOCK_N <= 64 and c.K_CHUNKS < 4
     total = count_blocks(call, c)
     n = 0
     number = 0
