@@ -21,7 +21,7 @@ from extend_attn.problem import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = sorted((ROOT / "bench" / "results").glob("*.json"))
-COLUMNS = ("extend_attn", "sglang-tuned", "fa3", "sdpa-cudnn")
+COLUMNS = ("extend_attn", "sglang-tuned", "fa3", "fa4", "flashinfer-fa2", "sdpa-cudnn")
 
 PLAN = {
     "family": "tiled",
