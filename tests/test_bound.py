@@ -254,6 +254,11 @@ def test_addresses_are_asked_for_once(monkeypatch):
     before = len(made)
     workspace.addresses_of(small, device, 2, token)
     assert len(made) == before + 1
+    capturing[0] = False
+    monkeypatch.setattr(workspace, "MAX_ADDRESSES", 3)
+    for _ in range(10):  # launches come and go; what is kept of them does not grow without bound
+        assert workspace.addresses_of(small, device, 2, object()) == workspace.addresses_of(small, device, 2, token)
+        assert len(workspace._kept.addresses) <= 3
 
 
 def test_zeros_of_captured_calls_come_from_a_reserve(monkeypatch):

@@ -11,6 +11,7 @@ import torch
 # graph has is never given out again, since nothing says when the graph is gone.
 RESERVE = 1 << 19
 GRANULE = 32  # elements: words of two calls share no cache line
+MAX_ADDRESSES = 4096  # launches whose addresses are kept; past this they are looked up anew
 
 
 class Workspace(NamedTuple):
@@ -75,6 +76,8 @@ def addresses_of(wanted: Sequence[Workspace], device: torch.device, stream: int,
     found = _kept.addresses.get((token, stream))
     if found is None:
         found = tuple([t.data_ptr() for t in workspaces(wanted, device)])
+        if len(_kept.addresses) >= MAX_ADDRESSES:
+            _kept.addresses.clear()
         _kept.addresses[token, stream] = found
     return found
 
