@@ -146,6 +146,7 @@ class Sums:
 
     def __init__(self, queues, rank: int, off_by: float = 0.0) -> None:
         self.queues, self.rank, self.off_by = queues, rank, off_by
+        self.handle_exchanges = 0
 
     def all_reduce(self, x, *, out=None, algo="auto"):
         out = torch.empty_like(x) if out is None else out
@@ -166,6 +167,7 @@ class Sums:
     @contextlib.contextmanager
     def capture(self):
         yield
+        self.handle_exchanges += 1
 
     def check(self):
         pass
@@ -246,6 +248,7 @@ def test_captures_are_timed_whole_and_checked(graphs_on_cpu):
         if task["provider"] in (OWN, "none"):
             answer = capturing.measure(ranks, Providers(ranks, task["bytes"]), {"dtype": "bfloat16", **task})
             assert answer["us"]["graph"] > 0 and answer["error"] == 0 and "wrong" not in answer
+            assert answer.get("exchanges") == (1 if task["provider"] == OWN else None)
     FakeGraph.stale = True
     task = {"dtype": "bfloat16", **tasks.capture([1])[2]}
     answer = capturing.measure(ranks, Providers(ranks, task["bytes"]), task)
