@@ -6,6 +6,7 @@ Nothing of this folder imports torch or a peer before a provider is asked to pre
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
 from ..problems import Row
@@ -66,6 +67,14 @@ class Provider:
     def versions(self) -> Dict[str, str]:
         """Versions of what this provider brings along, if it is installed."""
         return {}
+
+
+def import_peer(module: str, package: str) -> Any:
+    """A peer's module. Some compile, probe or import half of themselves; whatever stops them is the reason to show."""
+    try:
+        return import_module(module)
+    except Exception as error:
+        raise Skip(f"{package}: {type(error).__name__}: {error}") from None
 
 
 def needs_gpu(device: Device) -> Optional[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, Dict, Optional
 
 from ..problems import Row
-from .base import Device, Prepared, Provider, Skip, needs_gpu, needs_plain
+from .base import Device, Prepared, Provider, import_peer, needs_gpu, needs_plain
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ class FlashAttention4(Provider):
     def prepare(self, batch: Batch, plan: Optional[Any] = None) -> Prepared:
         import torch
 
-        attention = _import().flash_attn_varlen_func
+        attention = import_peer(MODULE, PACKAGE).flash_attn_varlen_func
         row = batch.row
         length = row.prefix + row.new_tokens
         used = torch.full((row.batch,), length, dtype=torch.int32, device=batch.device)
@@ -60,10 +60,3 @@ class FlashAttention4(Provider):
             return {"fa4": metadata.version(PACKAGE)}
         except metadata.PackageNotFoundError:
             return {}
-
-
-def _import() -> Any:
-    try:
-        return import_module(MODULE)
-    except Exception as error:  # it loads a compiler; whatever stops it is the reason to show
-        raise Skip(f"{PACKAGE}: {type(error).__name__}: {error}") from None

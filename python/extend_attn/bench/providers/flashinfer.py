@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Dict, Optional
 
 from ..problems import Row
-from .base import Device, Prepared, Provider, Skip, needs_gpu, needs_plain
+from .base import Device, Prepared, Provider, Skip, import_peer, needs_gpu, needs_plain
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class FlashInfer(Provider):
     def prepare(self, batch: Batch, plan: Optional[Any] = None) -> Prepared:
         import torch
 
-        flashinfer = _import()
+        flashinfer = import_peer("flashinfer", "flashinfer")
         row = batch.row
         length = row.prefix + row.new_tokens
         indptr = torch.arange(row.batch + 1, dtype=torch.int32, device=batch.device) * length
@@ -66,15 +66,6 @@ class FlashInfer(Provider):
 
     def versions(self) -> Dict[str, str]:
         try:
-            return {"flashinfer": _import().__version__}
+            return {"flashinfer": import_peer("flashinfer", "flashinfer").__version__}
         except Skip:
             return {}
-
-
-def _import() -> Any:
-    try:
-        import flashinfer
-
-        return flashinfer
-    except Exception as error:  # it compiles and probes at import; whatever stops it is the reason to show
-        raise Skip(f"flashinfer: {type(error).__name__}: {error}") from None

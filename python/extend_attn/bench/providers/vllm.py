@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Dict, Optional
 
 from ..problems import Row
-from .base import Device, Prepared, Provider, Skip, needs_gpu, needs_plain
+from .base import Device, Prepared, Provider, Skip, import_peer, needs_gpu, needs_plain
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ class VllmTriton(Provider):
     def prepare(self, batch: Batch, plan: Optional[Any] = None) -> Prepared:
         import torch
 
-        attention = _import().unified_attention
+        attention = import_peer(MODULE, "vllm").unified_attention
         row = batch.row
         length = row.prefix + row.new_tokens
         lengths = torch.full((row.batch,), length, dtype=torch.int32, device=batch.device)
@@ -52,14 +52,7 @@ class VllmTriton(Provider):
 
     def versions(self) -> Dict[str, str]:
         try:
-            _import()
+            import_peer(MODULE, "vllm")
             return {"vllm": str(getattr(import_module("vllm"), "__version__", ""))}
         except Skip:
             return {}
-
-
-def _import() -> Any:
-    try:
-        return import_module(MODULE)
-    except Exception as error:  # vllm imports half of itself; whatever stops it is the reason to show
-        raise Skip(f"vllm: {type(error).__name__}: {error}") from None
