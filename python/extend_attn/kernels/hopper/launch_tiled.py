@@ -105,9 +105,9 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     if latent(problem):
         keys, box, values = keys // 2, LATENT_REST, LATENT_REST
     boxes = (ROWS, box), (keys, box), (keys, values), (ROWS, block_dv) if staged else None
-    runs = None, None
+    runs = None
     if on["HAS_POOL"] and latent(problem) and not on["MASK_PREFIX"]:  # elsewhere copies are as fast
-        runs = ((keys, PANEL),) * 2
+        runs = keys, PANEL
     if plan.split_kv == 1:
         return Recipe((tiled,), functools.partial(_tensors, boxes, runs))
     row_blocks *= 1 if one_tile else 2
@@ -123,7 +123,7 @@ _FEATURES = (
 
 
 Boxes = Tuple[Optional[Tuple[int, int]], ...]  # rows and columns of the TMA boxes of Q, K, V and O
-Runs = Tuple[Optional[Tuple[int, int]], ...]  # and of those of the pools
+Runs = Optional[Tuple[int, int]]  # and of those of the pool's keys
 
 
 def _tensors(boxes: Boxes, runs: Runs, inputs: Inputs) -> Tuple[List[object], ...]:
@@ -142,7 +142,7 @@ def _tiled_tensors(
     rows = [i.q if t is None else t for t in (i.q, i.k_new, i.v_new, i.o)]  # a unified call has no new ones: never used
     return [
         *(None if box is None else ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
-        *(None if box is None else run_descriptor(t, *box) for t, box in zip((i.k_pool, i.v_pool), runs)),
+        None if runs is None else run_descriptor(i.k_pool, *runs),
         i.v_new, codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse, i.qo_indptr, i.kv_indptr, i.kv_indices,
         i.prefix_lens, mask_bytes(i), i.mask_indptr, i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
     ]  # fmt: skip

@@ -199,7 +199,7 @@ UNALIGNED = [
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def tiled_kernel(
-    q_desc, k_desc, v_desc, o_desc, k_runs, v_runs, v_new, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices,
+    q_desc, k_desc, v_desc, o_desc, k_runs, v_new, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices,
     prefix_lens, custom_mask, mask_indptr, sinks, window_offsets, q_positions, partial, partial_ml, stride_ks,
     stride_kg, stride_vs, stride_vg, stride_vt, stride_vh, stride_ot, stride_oh, batch_size, row_blocks, splits,
     sections, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len, log2_temperature_len,
@@ -244,7 +244,7 @@ def tiled_kernel(
         q_desc, k_desc, v_desc, k_pool if HAS_POOL else o, v_pool if HAS_POOL else o,
         o if v_new is None else v_new, kv_indices, gl.to_tensor(stride_ks), gl.to_tensor(stride_kg),
         gl.to_tensor(stride_vs), gl.to_tensor(stride_vg), gl.to_tensor(stride_vt), gl.to_tensor(stride_vh),
-        k_runs if RUNS else q_desc, v_runs if RUNS else q_desc,
+        k_runs if RUNS else q_desc,
     )  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, K_COLUMNS], dtype)

@@ -12,7 +12,6 @@ consumer's scores wait for its products.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -21,10 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_compat import gather_load, reinterpret, sync, tma_load
+from .gluon_compat import reinterpret, sync, tma_load
 from .tiled_epilogue import store, store_part
 from .tiled_masks import BOTH, NEW, first_key, sees, some_row_sees
-from .tiled_producer import arrived, load_runs, new_rows, no_slots, rows_of, slots_of
+from .tiled_producer import arrived, gather, load_runs, new_rows, no_slots, rows_of, slots_of
 from .tiled_schedule import announce, announced, count_blocks, receive, search_at
 from .tiled_softmax import logits, scales, temperature_of
 from .tiled_work import ROWS, Item, box_at, place_of, tiles_of
@@ -225,16 +224,10 @@ def load_slot(desc, item, row, head, COLUMN: gl.constexpr, ring, n, ARRIVALS: gl
 @gluon.jit
 def copy_slot(rows, exists, COLUMN: gl.constexpr, DIM: gl.constexpr, ring, n, LAYOUT: gl.constexpr, c):
     """Columns from COLUMN on of DIM at pointers ``rows``; zeros for rows that do not exist."""
-    columns = COLUMN + gl.arange(0, ring.slots.shape[2], layout=gl.SliceLayout(0, LAYOUT))
-    pointers = gl.max_contiguous(gl.multiple_of(rows[:, None] + columns[None, :], [1, 16]), [1, 8])
+    PADDED: gl.constexpr = DIM < HALVES * c.K_COLUMNS + BOX
+    COLUMNS: gl.constexpr = ring.slots.shape[2]
     ring.wait_empty(n)
-    if c.MASK:
-        gather_load(ring.slot(n), pointers, mask=exists[:, None] & (columns < DIM)[None, :])
-    elif DIM < HALVES * c.K_COLUMNS + BOX:
-        gather_load(ring.slot(n), pointers, mask=(columns < DIM)[None, :])
-    else:
-        gather_load(ring.slot(n), pointers)
-    async_copy.mbarrier_arrive(ring.filled(n), increment_count=False)
+    gather(rows, exists, COLUMN, DIM, COLUMNS, PADDED, c.MASK, ring.filled(n), ring.slot(n), LAYOUT)
 
 
 @gluon.jit

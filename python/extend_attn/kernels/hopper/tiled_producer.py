@@ -40,7 +40,6 @@ class Sources:
     stride_vt: gl.tensor
     stride_vh: gl.tensor
     k_runs: tma.tensor_descriptor
-    v_runs: tma.tensor_descriptor
 
 
 RUN = gl.constexpr(64)  # consecutive slots that are worth TMA (latent keys alone: elsewhere copies are as fast)
