@@ -80,7 +80,9 @@ def packed_registers(problem: Problem, plan: Plan) -> Tuple[int, int, int]:
     """
     tall = plan.tile.num_warps > 4
     if not is_fp8(problem):
-        return (168, 200, 96) if tall or packed_held(problem, plan.tile) > HELD_OF_TWO else (128, 0, 96)
+        if tall:
+            return 168, 216, 72
+        return (168, 0, 96) if packed_held(problem, plan.tile) > HELD_OF_TWO else (128, 0, 96)
     if tall:
         return (168, 200, 96) if v_is_k(problem) else (128, 160, 96)
     return 168, 0, 128

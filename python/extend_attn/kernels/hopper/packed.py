@@ -133,6 +133,12 @@ def _fold_values(acc, p, slot, p_tile, kind: gl.constexpr):
 
 
 @gluon.jit
+def _here(x):
+    """``x``, of which the compiler knows too little to make anything of it ahead of a loop."""
+    return gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _consume(
     WHO: gl.constexpr, WAIT: gl.constexpr, call, shape, share, ring, pe, queries, queries_pe, weights, pairs,
     num_splits, patience, num_indices, num_slots,
@@ -147,14 +153,13 @@ def _consume(
     ROWS: gl.constexpr = gl.SliceLayout(0, MMA)
     STEP: gl.constexpr = 1 if shape.V_IS_K else 2
     kind: gl.constexpr = call.q.dtype.element_ty
-    q_tile, p_tile = queries.index(WHO), weights.index(WHO)
     n = 0
     cursor, sequence, base = share.cursor, share.sequence, share.base
     while cursor < share.end:
         work, start, cursor, sequence, base = next_work(
             call, shape, share, cursor, sequence, base, pairs, num_splits, WHO
         )  # fmt: skip
-        _load_query(call, work, shape, q_tile, 0)
+        _load_query(call, work, shape, queries.index(WHO), 0)
         if shape.BLOCK_PE > 0:
             _load_query(call, work, shape, queries_pe.index(WHO), shape.BLOCK_D)
         fence_async_shared()
@@ -181,10 +186,11 @@ def _consume(
             ring.wait_full(n)
             fence_async_shared()  # rows came through the generic proxy
             zeros = gl.zeros([shape.BLOCK_N, shape.ROWS], gl.float32, MMA)
-            s = warpgroup_mma(ring.slot(n), q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            at = _here(WHO)
+            s = warpgroup_mma(ring.slot(n), queries.index(at).permute((1, 0)), zeros, use_acc=False, is_async=True)
             if shape.BLOCK_PE > 0:
                 k_pe = pe.index(n // STEP % pe.shape[0])
-                s = warpgroup_mma(k_pe, queries_pe.index(WHO).permute((1, 0)), s, is_async=True)
+                s = warpgroup_mma(k_pe, queries_pe.index(at).permute((1, 0)), s, is_async=True)
             s = warpgroup_mma_wait(0, [s])
             if not shape.V_IS_K:
                 ring.release(n)
@@ -211,6 +217,7 @@ def _consume(
             if not shape.V_IS_K:
                 ring.wait_full(n)
                 fence_async_shared()
+            p_tile = weights.index(at)
             if shape.V_HALF:
                 if shape.UNIFIED or i < work.pool_tiles:
                     acc = _fold_values(acc, p, ring.slot(n), p_tile, gl.float16)
