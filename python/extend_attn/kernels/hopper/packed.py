@@ -202,7 +202,10 @@ def _consume(
             if (i * shape.BLOCK_N < whole_from) | ((i + 1) * shape.BLOCK_N > whole_to):
                 s = gl.where(_seen(call, work, shape, i, token, row_position), s * scale, float("-inf"))
                 scale = gl.to_tensor(1.0)
-            if any_over(s * scale - m_i[None, :], SLACK):
+            moves = i == work.first
+            if not moves:
+                moves = any_over(s * scale - m_i[None, :], SLACK)
+            if moves:
                 m_new = gl.max(s * scale, 0)
                 m_new = gl.where(m_new > m_i + SLACK, m_new, m_i)
                 alpha = gl.exp2(m_i - m_new)
