@@ -237,9 +237,9 @@ def _consume(
             part, parts = parts_of(shape, share, work, start, num_splits)
             if part < parts:
                 pair = (work.sequence * pairs + work.pair) * shape.CONSUMERS + WHO
-                finish_pair(call, work, shape, acc, m_i, l_i, pair, part, parts, patience)
+                finish_pair(call, work, shape, acc, m_i, l_i, queries.index(WHO), pair, part, parts, patience)
         else:
-            store_result(call, work, shape, acc, m_i, l_i)
+            store_result(call, work, shape, acc, m_i, l_i, queries.index(WHO))
 
 
 @gluon.jit
