@@ -8,8 +8,8 @@ from .softmax import add_sink, natural_lse
 
 @gluon.jit
 def store_result(call, work, shape, acc, m_i, l_i, place):
-    """Sink, division, output rows and LSE. An output of the query's type is turned in ``place`` [rows, columns], so that
-    it leaves in rows and not in columns."""
+    """Sink, division, output rows and LSE. An output of the query's type is turned in ``place`` [rows, columns], and so
+    leaves in whole rows."""
     r = gl.arange(0, shape.ROWS, layout=gl.SliceLayout(0, shape.MMA))
     columns = gl.arange(0, shape.BLOCK_D, layout=gl.SliceLayout(1, shape.MMA))
     kind: gl.constexpr = call.o.dtype.element_ty

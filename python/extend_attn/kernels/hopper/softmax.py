@@ -31,7 +31,7 @@ def bent_logits(s, scale, call, row_position, shape):
 
 @gluon.jit
 def _of_threads(x):
-    """[keys, rows] as [warps and blocks, 2, lanes, row blocks, lanes, 2]: what a thread holds lies in the 2s and blocks."""
+    """[keys, rows] as [warps, 2, lanes, row blocks, lanes, 2]: what a thread holds lies along the 2s and the blocks."""
     return x.reshape([x.shape[0] // 16, 2, 8, x.shape[1] // 8, 4, 2])
 
 
