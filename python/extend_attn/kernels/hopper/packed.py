@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .ahead import look_ahead
+from .ahead import look_ahead, prefetch_lengths
 from .epilogue import store_result
 from .fp8_rows import produce_fp8
 from .gather import produce
@@ -306,8 +306,8 @@ def packed_kernel(
 
     shape = Shape(
         NUM_HEADS, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_PE, BLOCK_M, ROWS, CONSUMERS, BLOCK_N, HAS_POOL, UNIFIED,
-        CAUSAL, WINDOW, MASK, MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, window_offsets is not None, LSE, V_SCALED,
-        V_IS_K, NEGATE_Q, APART, FP8, V_HALF, SPLIT, EVEN, MMA,
+        CAUSAL, WINDOW, MASK, MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, window_offsets is not None, LSE,
+        V_SCALED, V_IS_K, NEGATE_Q, APART, FP8, V_HALF, SPLIT, EVEN, MMA,
     )  # fmt: skip
     none = qo_indptr  # stands in for a pointer that is off
     call = Call(
@@ -341,6 +341,7 @@ def packed_kernel(
         gdc_launch_dependents()
     if EVEN:
         if PDL:
+            prefetch_lengths(call, batch_size)
             gdc_wait()
         share = even_share(call, shape, batch_size, pairs)
     else:
