@@ -19,6 +19,7 @@ PACKED_ROWS_MAX = 64
 # Registers of accumulator, logits, weights and sums that leave a consumer enough for the rest: of 160 with room for two
 # programs a multiprocessor, of 200 to 240, and of 160 where four warpgroups share the registers.
 HELD_OF_TWO, HELD_MAX, HELD_MAX_CROWDED = 80, 176, 112
+NARROW_PRODUCER = 64  # keys a tile up to which a producer needs no more than 72 registers
 BARRIERS = 2560  # bytes: mbarriers, what warp specialisation keeps in shared memory, sums across warps
 
 
@@ -81,7 +82,7 @@ def packed_registers(problem: Problem, plan: Plan) -> Tuple[int, int, int]:
     tall = plan.tile.num_warps > 4
     if not is_fp8(problem):
         if tall:
-            return 168, 216, 72
+            return (168, 216, 72) if plan.tile.block_n <= NARROW_PRODUCER else (168, 200, 96)
         return (168, 0, 96) if packed_held(problem, plan.tile) > HELD_OF_TWO else (128, 0, 96)
     if tall:
         return (168, 200, 96) if v_is_k(problem) else (128, 160, 96)

@@ -43,13 +43,6 @@ UNALIGNED = [
 ]  # fmt: skip
 
 
-# Tiles whose rows are prefetched under a window, where lists are short and a call's fixed cost counts: on an H200 32
-# verifications of 64 keys take 5.63 us so, 5.99 without, those of a window of 1024 34.3 and 34.6. Elsewhere it costs:
-# 0.5 % where there are several waves of programs, 1 % with 64 rows; and after splits one_verify takes 15.1 us, 13.4
-# without, since its programs are there a whole kernel early and their prefetches meet that one's reads.
-TILES_AHEAD = gl.constexpr(3)
-
-
 @gluon.jit
 def _load_query(call, work, shape, q_tile, COLUMN: gl.constexpr):
     """The packed query rows, columns from COLUMN on, into shared memory; what is not there is 0."""
@@ -92,8 +85,8 @@ def _consume(
     """A consumer's partition. Nothing passes between two of them: each waits for itself, and so one's softmax goes on
     beside the other's products."""
     if WAIT:
-        if shape.HAS_POOL and shape.WINDOW and not shape.SPLIT and WHO == 0:
-            look_ahead(call, shape, pairs, num_indices, num_slots, TILES_AHEAD)
+        if shape.HAS_POOL and not shape.SPLIT and WHO == 0:
+            look_ahead(call, shape, pairs, num_indices, num_slots)
         gdc_wait()
     MMA: gl.constexpr = shape.MMA
     ROWS: gl.constexpr = gl.SliceLayout(0, MMA)
