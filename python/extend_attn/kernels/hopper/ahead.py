@@ -53,7 +53,7 @@ def look_ahead(call, shape, pairs, num_indices, num_slots):
 
     On an H200, us with none, one and three tiles of rows: verify_chat (34.7 without slots either), 34.0, 34.5;
     gqa3_verify 65.8, 65.2, 65.4, and 66.2 without slots. After splits it costs: one_verify takes 15.1 us with three
-    tiles, 13.4 without any of it, since its programs are there a whole kernel early and their prefetches meet its reads.
+    tiles, 13.4 without any of it, since its programs are there a whole kernel early, where they meet its reads.
     """
     SIZE: gl.constexpr = call.k_pool.dtype.element_ty.primitive_bitwidth // 8
     COLUMNS: gl.constexpr = shape.BLOCK_D * (1 if shape.BLOCK_PE == 0 else 2)
