@@ -80,7 +80,7 @@ SHARED = {
     "plain": dict(dim=128, heads=(32, 2)),
     "window": dict(dim=128, heads=(10, 2), window=150, cut=[3, 0, 5, 1, 0, 2, 0, 9], sinks=torch.float32),
     "tree": dict(dim=64, heads=(24, 2), mask="tree", tree_positions=True, window=700),
-    "unified": dict(dim=256, heads=(16, 2), unified=True, mask="random", logit_cap=20.0),
+    "unified": dict(dim=128, heads=(32, 2), unified=True, mask="random", logit_cap=20.0),
     "scaled": dict(dim=128, heads=(16, 2), k_scale=0.5, v_scale=0.25),
     "fp8": dict(dim=128, heads=(16, 2), kv_dtype=torch.float8_e4m3fn, k_scale=0.5, v_scale=0.25),
     "latent": dict(dim=576, dim_v=512, heads=(16, 1), alias=True),
