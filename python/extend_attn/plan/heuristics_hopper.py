@@ -212,7 +212,7 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
         tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
     pack = problem.group % 2 == 0 and not latent(problem) and _pairs(problem)
     split_kv = tiled_splits(problem, device, tile.block_n, pack)
-    if split_kv == 1 and not (wide or problem.custom_mask or is_fp8(problem) or _long(problem)):
+    if split_kv == 1 and not (wide or problem.custom_mask or (_long(problem) and not is_fp8(problem))):
         one = Plan("hopper_tiled", tile.merged({"num_stages": 1}))
         tile = one.tile if shares_ring(problem, one) else tile
     return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=split_kv > 1, source="heuristic")

@@ -92,16 +92,22 @@ def load_codes(rows, exists, COLUMN: gl.constexpr, WIDTH: gl.constexpr, DIM: gl.
 
 
 @gluon.jit
+def to_pairs(words, KIND: gl.constexpr, HALF: gl.constexpr, THROUGH_FP32: gl.constexpr):
+    """Words of four codes as twice as many of two values."""
+    ASSEMBLY: gl.constexpr = _assembly(KIND, HALF, THROUGH_FP32)
+    low, high = gl.inline_asm_elementwise(
+        ASSEMBLY, "=r,=r,r", [words], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+    )
+    return gl.join(low, high).reshape([words.shape[0], words.shape[1] * 2])
+
+
+@gluon.jit
 def put_codes(
     slot, words, COLUMN: gl.constexpr, KIND: gl.constexpr, HALF: gl.constexpr, THROUGH_FP32: gl.constexpr = False
 ):
     """Words of four codes into columns of a slot, as fp16 (HALF) or bf16. THROUGH_FP32 is shorter: it is hopper_tiled's
     way (fp8_extend_pref: 365 us on an H200, 488 by shifts on an H100), and not measured in hopper_packed."""
-    ASSEMBLY: gl.constexpr = _assembly(KIND, HALF, THROUGH_FP32)
-    low, high = gl.inline_asm_elementwise(
-        ASSEMBLY, "=r,=r,r", [words], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-    )
-    pairs = gl.join(low, high).reshape([words.shape[0], words.shape[1] * 2])
+    pairs = to_pairs(words, KIND, HALF, THROUGH_FP32)
     WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
     in_words = reinterpret(slot, gl.int32, [slot.shape[0], slot.shape[1] // 2], WORDS)
     in_words.slice(COLUMN // 2, words.shape[1] * 2, 1).store(pairs)

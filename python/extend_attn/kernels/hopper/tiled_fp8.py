@@ -1,0 +1,135 @@
+"""The tiled Hopper kernel's producer for fp8 pools: rows are copied as codes a tile ahead, and converted into the rings.
+
+Shared memory holds three tiles of codes: keys and values alike, in the order in which consumers ask for them. The tile
+that is converted leaves two on their way.
+"""
+
+# Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from .fp8_staged import convert, copy_layout, hand_over, stage
+from .tiled_masks import some_row_sees
+from .tiled_producer import load_keys, load_query, new_values
+from .tiled_schedule import announce, announced, count_blocks, search_at
+from .tiled_work import key_place, tiles_of, value_place
+
+CODE_TILES = gl.constexpr(3)  # tiles of codes
+
+
+@gluon.jit
+def _slots(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
+    """Pool slots of tile t's keys, as tiled_producer.slots_of has them."""
+    start = (tiles.pool_hi - 1 - (t - tiles.new_tiles)) * c.BLOCK_N
+    first = tiles.pool_first
+    last = item.prefix_len - 1
+    if c.UNIFIED:
+        new = t < tiles.new_tiles
+        start = gl.where(new, item.prefix_len + (tiles.new_hi - 1 - t) * c.BLOCK_N, start)
+        last = gl.where(new, item.prefix_len + item.extend_len - 1, last)
+    key = start + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+    slots = gl.load(kv_indices + gl.maximum(gl.minimum(key, last), first), mask=key * 0 + last >= first, other=0)
+    return slots.to(gl.int32)
+
+
+@gluon.jit
+def _pooled(tiles, t, c):
+    """Whether tile t comes from the pool, and is there."""
+    pooled = (t >= tiles.begin) & (t < tiles.end)
+    if not c.UNIFIED:
+        pooled = pooled & (t >= tiles.new_tiles)
+    return pooled
+
+
+@gluon.jit
+def _stage(pool, stride, slots, exists, staged, step, LIMIT: gl.constexpr, LAYOUT: gl.constexpr):
+    rows = pool + slots.to(gl.int64) * (stride // 4)
+    stage(staged.index(step % CODE_TILES), rows, exists, LIMIT, LAYOUT)
+
+
+@gluon.jit
+def _put_keys(staged, step, ring, n, ARRIVALS: gl.constexpr, c):
+    HALF: gl.constexpr = ring.slots.dtype == gl.float16
+    for chunk in gl.static_range(c.K_CHUNKS):
+        at = n * c.K_CHUNKS + chunk
+        ring.wait_empty(at)
+        convert(staged.index(step % CODE_TILES), ring.slot(at), chunk * c.K_COLUMNS // 64, c.FP8, HALF)
+        hand_over(ring, at, ARRIVALS)
+
+
+@gluon.jit
+def _put_values(staged, step, ring, n, ARRIVALS: gl.constexpr, c):
+    ring.wait_empty(n)
+    convert(staged.index(step % CODE_TILES), ring.slot(n), 0, c.FP8, ring.slots.dtype == gl.float16)
+    hand_over(ring, n, ARRIVALS)
+
+
+@gluon.jit
+def produce_fp8(sources, call, memory, staged, ARRIVALS: gl.constexpr, c):
+    """As tiled_producer.produce. A step of ``staged`` holds keys of tile t (``step``), then values of tile t - 1."""
+    LAYOUT: gl.constexpr = copy_layout(c.BLOCK_N, staged.shape[2], gl.num_warps())
+    WORDS: gl.constexpr = gl.pointer_type(gl.int32)
+    total = count_blocks(call, c)
+    n = 0
+    number = 0
+    turn = 0
+    announce(memory.board, turn, total, call, c)
+    item, kv_start = announced(memory.board, turn, call, c)
+    while item.extend_len != 0:
+        tiles = tiles_of(item, call, c)
+        works = tiles.begin < tiles.end
+        head = item.head_block * c.HEADS // c.GROUP
+        kv_indices = sources.kv_indices + kv_start
+        k_pool = sources.k_pool.to(WORDS, bitcast=True) + head.to(gl.int64) * (sources.stride_kg // 4)
+        v_pool = sources.v_pool.to(WORDS, bitcast=True) + head.to(gl.int64) * (sources.stride_vg // 4)
+        slots = _slots(kv_indices, item, tiles, tiles.begin, LAYOUT, c)
+        following = _slots(kv_indices, item, tiles, tiles.begin + 1, LAYOUT, c)
+        all = gl.full([c.BLOCK_N], 1, gl.int1, gl.SliceLayout(1, LAYOUT))
+        if c.QUERIES > 1:
+            if works:
+                load_query(sources.q, item, memory, number, c)
+        if _pooled(tiles, tiles.begin, c):
+            _stage(k_pool, sources.stride_ks, slots, all, staged, 0, c.HEAD_DIM, LAYOUT)
+        async_copy.commit_group()
+        async_copy.commit_group()
+        step = gl.to_tensor(0)
+        for t in range(tiles.begin, tiles.end + 1):
+            keys_at = key_place(n, t, tiles, c)
+            values_at = value_place(n - 1, t - 1, tiles, c)
+            ahead = _slots(kv_indices, item, tiles, t + 2, LAYOUT, c)
+            if _pooled(tiles, t + 1, c):
+                _stage(k_pool, sources.stride_ks, following, all, staged, step + 2, c.HEAD_DIM, LAYOUT)
+            async_copy.commit_group()
+            if t < tiles.end:
+                if _pooled(tiles, t, c):
+                    async_copy.wait_group(2)
+                    _put_keys(staged, step, memory.k_ring, keys_at, ARRIVALS, c)
+                else:
+                    load_keys(sources.k, item, tiles.new_hi - 1 - t, head, memory.k_ring, keys_at, ARRIVALS, c)
+            if _pooled(tiles, t, c):
+                exists = all
+                if c.MASK_PREFIX:
+                    exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
+                _stage(v_pool, sources.stride_vs, slots, exists, staged, step + 3, c.HEAD_DIM_V, LAYOUT)
+            async_copy.commit_group()
+            if t == tiles.begin:
+                if c.QUERIES == 1:
+                    if works:
+                        load_query(sources.q, item, memory, number, c)
+            elif _pooled(tiles, t - 1, c):
+                async_copy.wait_group(2)
+                _put_values(staged, step + 1, memory.v_ring, values_at, ARRIVALS, c)
+            else:
+                new_values(sources, item, tiles, t - 1, head, memory.v_ring, values_at, ARRIVALS, call, c)
+            if t == search_at(tiles):
+                announce(memory.board, turn + 1, total, call, c)
+            slots = following
+            following = ahead
+            step += 2
+            n += 1
+        n -= 1
+        number += works.to(gl.int32)
+        turn += 1
+        item, kv_start = announced(memory.board, turn, call, c)
