@@ -19,6 +19,8 @@ PACKED_ROWS_MAX = 64
 # Registers of accumulator, logits, weights and sums that leave a consumer enough for the rest: of 160 with room for two
 # programs a multiprocessor, of 200 to 240, and of 160 where four warpgroups share the registers.
 HELD_OF_TWO, HELD_MAX, HELD_MAX_CROWDED = 80, 176, 112
+SHARED_MEMORY = 232448  # bytes of a block on sm_90
+CODE_TILES_MIN, CODE_TILES_MAX = 2, 4  # of fp8 codes: one is converted while the others are on their way
 BARRIERS = 2560  # bytes: mbarriers, what warp specialisation keeps in shared memory, sums across warps
 
 
@@ -120,7 +122,24 @@ def _packed_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optiona
     return None
 
 
+def code_tiles(problem: Problem, plan: Plan) -> int:
+    """Places for tiles of fp8 codes, of keys and of values, in what shared memory the ring leaves; 0 if fewer than
+    CODE_TILES_MIN fit."""
+    if not is_fp8(problem):
+        return 0
+    block_d, block_pe = packed_blocks(problem)
+    columns = block_d * ((2 if block_pe else 1) + (0 if v_is_k(problem) else 1))
+    fitting = (SHARED_MEMORY - _ring_and_query(problem, plan)) // (plan.tile.block_n * columns)
+    return min(fitting, CODE_TILES_MAX) if fitting >= CODE_TILES_MIN else 0
+
+
 def _packed_shared_memory(problem: Problem, plan: Plan) -> int:
+    block_d, block_pe = packed_blocks(problem)
+    columns = block_d * ((2 if block_pe else 1) + (0 if v_is_k(problem) else 1))
+    return _ring_and_query(problem, plan) + code_tiles(problem, plan) * plan.tile.block_n * columns
+
+
+def _ring_and_query(problem: Problem, plan: Plan) -> int:
     tile = plan.tile
     block_d, block_pe = packed_blocks(problem)
     pe_stages = tile.num_stages if v_is_k(problem) else (tile.num_stages + 1) // 2

@@ -114,7 +114,7 @@ def put_codes(
 
 
 @gluon.jit
-def _put_new(slot, rows, exists, COLUMN: gl.constexpr, WIDTH: gl.constexpr, SKIP: gl.constexpr, DIM: gl.constexpr,
+def put_new(slot, rows, exists, COLUMN: gl.constexpr, WIDTH: gl.constexpr, SKIP: gl.constexpr, DIM: gl.constexpr,
              WARPS: gl.constexpr):  # fmt: skip
     """New rows, which are in 16 bits already: columns of the slot from COLUMN on, of the row from SKIP on."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
@@ -190,10 +190,10 @@ def produce_fp8(call, shape, share, ring, pe, pairs, num_splits, V: gl.constexpr
                 rows_new = new + (work.q_start + (work.new_lo + place_new - work.pool_keys)) * stride_new
                 ring.wait_empty(n)
                 for c in gl.static_range(CHUNKS):
-                    _put_new(ring.slot(n), rows_new, seen, c * CHUNK, CHUNK, c * CHUNK, DIM, WARPS)
+                    put_new(ring.slot(n), rows_new, seen, c * CHUNK, CHUNK, c * CHUNK, DIM, WARPS)
                 if PE > 0:
                     k_pe = pe.index(n // STEP % pe.shape[0])
-                    _put_new(k_pe, rows_new, seen, 0, PE, shape.BLOCK_D, DIM, WARPS)
+                    put_new(k_pe, rows_new, seen, 0, PE, shape.BLOCK_D, DIM, WARPS)
                 fence_async_shared()
                 mbarrier.arrive(ring.filled(n), count=1)
                 n += STEP

@@ -27,6 +27,7 @@ from .fp8_rows import produce_fp8
 from .gather import produce
 from .gluon_compat import reinterpret
 from .merge import finish_pair
+from .packed_fp8 import produce_staged
 from .packed_work import Call, Shape, key_index, key_positions, tile_keys
 from .ring import Ring, barriers
 from .shares import Share, even_share, next_work, parts_of
@@ -212,12 +213,15 @@ def _produce(call, shape, share, ring, pe, pairs, num_splits, WAIT: gl.constexpr
 
 
 @gluon.jit
-def _produce_fp8(call, shape, share, ring, pe, pairs, num_splits, V: gl.constexpr, WAIT: gl.constexpr,
+def _produce_fp8(call, shape, share, ring, pe, staged, pairs, num_splits, V: gl.constexpr, WAIT: gl.constexpr,
                  WARPS: gl.constexpr):  # fmt: skip
     """The partition of the producer of fp8 keys or values."""
     if WAIT:
         gdc_wait()
-    produce_fp8(call, shape, share, ring, pe, pairs, num_splits, V, WARPS)
+    if shape.CODE_TILES > 0:
+        produce_staged(call, shape, share, ring, pe, staged, pairs, num_splits, V, WARPS)
+    else:
+        produce_fp8(call, shape, share, ring, pe, pairs, num_splits, V, WARPS)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
@@ -297,6 +301,7 @@ def packed_kernel(
     PDL: gl.constexpr,
     PRODUCER_WARPS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
+    CODE_TILES: gl.constexpr,
 ):
     WARPS: gl.constexpr = gl.num_warps()
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, BLOCK_M // (WARPS // 4), 16])
@@ -311,6 +316,14 @@ def packed_kernel(
         PE_STAGES: gl.constexpr = STAGES if V_IS_K else (STAGES + 1) // 2
         q_pe = gl.allocate_shared_memory(kind, [BLOCK_M, BLOCK_PE], SWIZZLED)
         pe = gl.allocate_shared_memory(kind, [PE_STAGES, BLOCK_N, BLOCK_PE], SWIZZLED)
+    k_codes = slots
+    v_codes = slots
+    if CODE_TILES > 0:
+        CODES: gl.constexpr = gl.NVMMASharedLayout(64, 32, 2)
+        K_COLUMNS: gl.constexpr = BLOCK_D if BLOCK_PE == 0 else 2 * BLOCK_D  # of which BLOCK_PE are the last
+        k_codes = gl.allocate_shared_memory(gl.int32, [CODE_TILES, BLOCK_N, K_COLUMNS // 4], CODES)
+        if not V_IS_K:
+            v_codes = gl.allocate_shared_memory(gl.int32, [CODE_TILES, BLOCK_N, BLOCK_D // 4], CODES)
     # every thread of a gathering producer arrives when its copies have; a converting one arrives as a whole
     full = barriers(STAGES, 1 if FP8 else PRODUCER_WARPS * 32)
     empty = barriers(STAGES, 1)
@@ -320,7 +333,7 @@ def packed_kernel(
     shape = Shape(
         NUM_HEADS, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_PE, BLOCK_M, BLOCK_N, WARPS, HAS_POOL, UNIFIED, CAUSAL,
         WINDOW, MASK, MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, window_offsets is not None, LSE, V_SCALED,
-        V_IS_K, NEGATE_Q, APART, FP8, V_HALF, SPLIT, EVEN, MMA,
+        V_IS_K, NEGATE_Q, APART, FP8, V_HALF, CODE_TILES, SPLIT, EVEN, MMA,
     )  # fmt: skip
     none = qo_indptr  # stands in for a pointer that is off
     call = Call(
@@ -369,7 +382,7 @@ def packed_kernel(
             gl.warp_specialize(
                 [
                     (_consume, consumer),
-                    (_produce_fp8, (call, shape, share, ring, pe, pairs, num_splits, False, WAIT, PRODUCER_WARPS)),
+                    (_produce_fp8, (call, shape, share, ring, pe, k_codes, pairs, num_splits, False, WAIT, PRODUCER_WARPS)),
                 ],
                 [PRODUCER_WARPS],
                 [PRODUCER_REGISTERS],
@@ -378,8 +391,8 @@ def packed_kernel(
             gl.warp_specialize(
                 [
                     (_consume, consumer),
-                    (_produce_fp8, (call, shape, share, ring, pe, pairs, num_splits, False, WAIT, PRODUCER_WARPS)),
-                    (_produce_fp8, (call, shape, share, ring, pe, pairs, num_splits, True, WAIT, PRODUCER_WARPS)),
+                    (_produce_fp8, (call, shape, share, ring, pe, k_codes, pairs, num_splits, False, WAIT, PRODUCER_WARPS)),
+                    (_produce_fp8, (call, shape, share, ring, pe, v_codes, pairs, num_splits, True, WAIT, PRODUCER_WARPS)),
                 ],
                 [PRODUCER_WARPS, PRODUCER_WARPS],
                 [PRODUCER_REGISTERS, PRODUCER_REGISTERS],

@@ -22,7 +22,8 @@ class Shape:
     """Compile-time facts.
 
     APART: pool and new keys never share a tile, because their type or scale differs. V_HALF: values of an fp8 pool are
-    multiplied as fp16 beside a bf16 query; P, at most 1, loses nothing by that. SPLIT: a list goes to a fixed number of
+    multiplied as fp16 beside a bf16 query; P, at most 1, loses nothing by that. CODE_TILES: places for
+    tiles of codes in shared memory; 0: they wait in registers. SPLIT: a list goes to a fixed number of
     programs in equal shares; EVEN: all lists together do (shares.py).
     """
 
@@ -53,6 +54,7 @@ class Shape:
     APART: gl.constexpr
     FP8: gl.constexpr
     V_HALF: gl.constexpr
+    CODE_TILES: gl.constexpr
     SPLIT: gl.constexpr
     EVEN: gl.constexpr
     MMA: gl.constexpr
