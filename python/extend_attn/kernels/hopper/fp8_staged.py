@@ -30,12 +30,32 @@ def copy_layout(rows, words, warps):
 
 
 @gluon.jit
-def stage(staged, rows, exists, LIMIT: gl.constexpr, LAYOUT: gl.constexpr):
-    """Enqueues copies of the rows at these pointers to words; zeros from column LIMIT on, and for rows that do not
-    exist."""
+def rows_at(pool, slots, stride):
+    """Pointers to words of the rows at these slots, ``stride`` bytes apart: one instruction a row, where a product of
+    64-bit integers takes seven."""
+    addresses = gl.inline_asm_elementwise(
+        "mad.wide.u32 $0, $1, $2, $3;",
+        "=l,r,r,l",
+        [slots, stride.to(gl.int32), pool.to(gl.int64)],
+        dtype=gl.int64,
+        is_pure=True,
+        pack=1,
+    )
+    return addresses.to(gl.pointer_type(gl.int32), bitcast=True)
+
+
+@gluon.jit
+def stage(staged, rows, exists, LIMIT: gl.constexpr, HIDDEN: gl.constexpr, LAYOUT: gl.constexpr):
+    """Enqueues copies of the rows at these pointers to words; zeros from column LIMIT on, and, if HIDDEN, for rows that
+    do not exist."""
     words = gl.arange(0, staged.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     pointers = gl.max_contiguous(gl.multiple_of(rows[:, None] + words[None, :], [1, 16]), [1, 4])
-    gather_load(staged, pointers, mask=exists[:, None] & (words < LIMIT // 4)[None, :])
+    if HIDDEN:
+        gather_load(staged, pointers, mask=exists[:, None] & (words < LIMIT // 4)[None, :])
+    elif LIMIT < staged.shape[1] * 4:
+        gather_load(staged, pointers, mask=(words < LIMIT // 4)[None, :])
+    else:
+        gather_load(staged, pointers)
 
 
 @gluon.jit

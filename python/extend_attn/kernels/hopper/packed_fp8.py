@@ -5,17 +5,39 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from .fp8_rows import put_new
-from .fp8_staged import PANEL, convert, copy_layout, hand_over, stage
+from .fp8_staged import PANEL, convert, copy_layout, hand_over, rows_at, stage
 from .gather import exists_of, slots_of
 from .shares import next_work
 
 
 @gluon.jit
+def _slots(call, work, shape, i, LAYOUT: gl.constexpr):
+    """gather.slots_of, without a look at each key where the pool has all of the tile."""
+    slots = gl.zeros([shape.BLOCK_N], gl.int32, LAYOUT)
+    if (i + 1) * shape.BLOCK_N <= work.pool_keys:
+        first = call.kv_indices + (work.kv_start + (work.pool_lo + i * shape.BLOCK_N))
+        slots = gl.load(first + gl.arange(0, shape.BLOCK_N, layout=LAYOUT)).to(gl.int32)
+    else:
+        slots = slots_of(call, work, shape, i, LAYOUT)
+    return slots
+
+
+@gluon.jit
 def _stage(call, work, shape, i, stop, pool, stride, slots, staged, DIM: gl.constexpr, LAYOUT: gl.constexpr):
     """Copies of tile ``i``, if it is one of the pool's, into its place."""
-    _, exists = exists_of(call, work, shape, i, gl.SliceLayout(1, LAYOUT))
-    rows = pool + slots.to(gl.int64) * stride
-    stage(staged.index((i - work.first) % staged.shape[0]), rows, exists & (i < stop), DIM, LAYOUT)
+    if i < stop:
+        place = staged.index((i - work.first) % staged.shape[0])
+        rows = rows_at(pool, slots, stride)
+        WHOLE: gl.constexpr = not shape.MASK
+        if WHOLE:
+            if (i + 1) * shape.BLOCK_N <= work.pool_keys:
+                stage(place, rows, slots, DIM, False, LAYOUT)
+            else:
+                _, exists = exists_of(call, work, shape, i, gl.SliceLayout(1, LAYOUT))
+                stage(place, rows, exists, DIM, True, LAYOUT)
+        else:
+            _, exists = exists_of(call, work, shape, i, gl.SliceLayout(1, LAYOUT))
+            stage(place, rows, exists, DIM, True, LAYOUT)
     async_copy.commit_group()
 
 
@@ -37,23 +59,23 @@ def produce_staged(call, shape, share, ring, pe, staged, pairs, num_splits, V: g
         work, begun, cursor, sequence, base = next_work(call, shape, share, cursor, sequence, base, pairs, num_splits)
         head = work.kv_head.to(gl.int64)
         if V:
-            pool = call.v_pool.to(gl.pointer_type(gl.int32), bitcast=True) + head * (call.stride_vg // 4)
-            stride = call.stride_vs // 4
+            pool = call.v_pool + head * call.stride_vg
+            stride = call.stride_vs
             new = call.v_new + head * call.stride_vh
             stride_new = call.stride_vt
         else:
-            pool = call.k_pool.to(gl.pointer_type(gl.int32), bitcast=True) + head * (call.stride_kg // 4)
-            stride = call.stride_ks // 4
+            pool = call.k_pool + head * call.stride_kg
+            stride = call.stride_ks
             new = call.k_new + head * call.stride_kh
             stride_new = call.stride_kt
         stop = gl.minimum(work.pool_tiles, work.last)
         if work.first < stop:
             for i in gl.static_range(AHEAD):
-                slots = slots_of(call, work, shape, work.first + i, ROWS)
+                slots = _slots(call, work, shape, work.first + i, ROWS)
                 _stage(call, work, shape, work.first + i, stop, pool, stride, slots, staged, DIM, LAYOUT)
-            ahead = slots_of(call, work, shape, work.first + AHEAD, ROWS)
+            ahead = _slots(call, work, shape, work.first + AHEAD, ROWS)
             for i in range(work.first, stop):
-                later = slots_of(call, work, shape, i + AHEAD + 1, ROWS)
+                later = _slots(call, work, shape, i + AHEAD + 1, ROWS)
                 _stage(call, work, shape, i + AHEAD, stop, pool, stride, ahead, staged, DIM, LAYOUT)
                 ring.wait_empty(n)
                 async_copy.wait_group(AHEAD)

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .fp8_staged import convert, copy_layout, hand_over, stage
+from .fp8_staged import convert, copy_layout, hand_over, rows_at, stage
 from .tiled_masks import some_row_sees
 from .tiled_producer import load_keys, load_query, new_values
 from .tiled_schedule import announce, announced, count_blocks, search_at
@@ -44,12 +44,6 @@ def _pooled(tiles, t, c):
 
 
 @gluon.jit
-def _stage(pool, stride, slots, exists, staged, step, LIMIT: gl.constexpr, LAYOUT: gl.constexpr):
-    rows = pool + slots.to(gl.int64) * (stride // 4)
-    stage(staged.index(step % CODE_TILES), rows, exists, LIMIT, LAYOUT)
-
-
-@gluon.jit
 def _put_keys(staged, step, ring, n, ARRIVALS: gl.constexpr, c):
     HALF: gl.constexpr = ring.slots.dtype == gl.float16
     for chunk in gl.static_range(c.K_CHUNKS):
@@ -70,7 +64,6 @@ def _put_values(staged, step, ring, n, ARRIVALS: gl.constexpr, c):
 def produce_fp8(sources, call, memory, staged, ARRIVALS: gl.constexpr, c):
     """As tiled_producer.produce. A step of ``staged`` holds keys of tile t (``step``), then values of tile t - 1."""
     LAYOUT: gl.constexpr = copy_layout(c.BLOCK_N, staged.shape[2], gl.num_warps())
-    WORDS: gl.constexpr = gl.pointer_type(gl.int32)
     total = count_blocks(call, c)
     n = 0
     number = 0
@@ -82,16 +75,15 @@ def produce_fp8(sources, call, memory, staged, ARRIVALS: gl.constexpr, c):
         works = tiles.begin < tiles.end
         head = item.head_block * c.HEADS // c.GROUP
         kv_indices = sources.kv_indices + kv_start
-        k_pool = sources.k_pool.to(WORDS, bitcast=True) + head.to(gl.int64) * (sources.stride_kg // 4)
-        v_pool = sources.v_pool.to(WORDS, bitcast=True) + head.to(gl.int64) * (sources.stride_vg // 4)
+        k_pool = sources.k_pool + head.to(gl.int64) * sources.stride_kg
+        v_pool = sources.v_pool + head.to(gl.int64) * sources.stride_vg
         slots = _slots(kv_indices, item, tiles, tiles.begin, LAYOUT, c)
         following = _slots(kv_indices, item, tiles, tiles.begin + 1, LAYOUT, c)
-        all = gl.full([c.BLOCK_N], 1, gl.int1, gl.SliceLayout(1, LAYOUT))
         if c.QUERIES > 1:
             if works:
                 load_query(sources.q, item, memory, number, c)
         if _pooled(tiles, tiles.begin, c):
-            _stage(k_pool, sources.stride_ks, slots, all, staged, 0, c.HEAD_DIM, LAYOUT)
+            stage(staged.index(0), rows_at(k_pool, slots, sources.stride_ks), slots, c.HEAD_DIM, False, LAYOUT)
         async_copy.commit_group()
         async_copy.commit_group()
         step = gl.to_tensor(0)
@@ -100,7 +92,8 @@ def produce_fp8(sources, call, memory, staged, ARRIVALS: gl.constexpr, c):
             values_at = value_place(n - 1, t - 1, tiles, c)
             ahead = _slots(kv_indices, item, tiles, t + 2, LAYOUT, c)
             if _pooled(tiles, t + 1, c):
-                _stage(k_pool, sources.stride_ks, following, all, staged, step + 2, c.HEAD_DIM, LAYOUT)
+                rows = rows_at(k_pool, following, sources.stride_ks)
+                stage(staged.index((step + 2) % CODE_TILES), rows, following, c.HEAD_DIM, False, LAYOUT)
             async_copy.commit_group()
             if t < tiles.end:
                 if _pooled(tiles, t, c):
@@ -109,10 +102,11 @@ def produce_fp8(sources, call, memory, staged, ARRIVALS: gl.constexpr, c):
                 else:
                     load_keys(sources.k, item, tiles.new_hi - 1 - t, head, memory.k_ring, keys_at, ARRIVALS, c)
             if _pooled(tiles, t, c):
-                exists = all
+                exists = slots
                 if c.MASK_PREFIX:
                     exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
-                _stage(v_pool, sources.stride_vs, slots, exists, staged, step + 3, c.HEAD_DIM_V, LAYOUT)
+                rows = rows_at(v_pool, slots, sources.stride_vs)
+                stage(staged.index(step % CODE_TILES), rows, exists, c.HEAD_DIM_V, c.MASK_PREFIX, LAYOUT)
             async_copy.commit_group()
             if t == tiles.begin:
                 if c.QUERIES == 1:
