@@ -1,8 +1,8 @@
 """Rows of an fp8 pool on their way through shared memory: copied as codes, tiles ahead, then converted into the ring.
 
 Copies are asynchronous and hold no registers, so that several tiles are on their way while one is converted. Codes lie
-in panels of 64 columns, each all rows high, as the 16-bit values lie in a slot of the ring: a piece of one is a piece of
-the other.
+in panels of 64 columns, each all rows high, as the 16-bit values do in a slot of the ring: a piece of one becomes a
+piece of the other.
 """
 
 from triton.experimental import gluon
@@ -31,17 +31,17 @@ def copy_layout(rows, words, warps):
 
 @gluon.jit
 def rows_at(pool, slots, stride):
-    """Pointers to words of the rows at these slots, ``stride`` bytes apart: one instruction a row, where a product of
-    64-bit integers takes seven."""
-    addresses = gl.inline_asm_elementwise(
-        "mad.wide.u32 $0, $1, $2, $3;",
-        "=l,r,r,l",
-        [slots, stride.to(gl.int32), pool.to(gl.int64)],
-        dtype=gl.int64,
-        is_pure=True,
-        pack=1,
-    )
-    return addresses.to(gl.pointer_type(gl.int32), bitcast=True)
+    """Pointers to words of the rows at these slots, ``stride`` bytes apart. A slot and a stride of 32 bits each are
+    multiplied as such, by one instruction: as 64 bits they take seven."""
+    WORDS: gl.constexpr = gl.pointer_type(gl.int32)
+    if stride.dtype == gl.int32:
+        addresses = gl.inline_asm_elementwise(
+            "mad.wide.u32 $0, $1, $2, $3;", "=l,r,r,l", [slots, stride, pool.to(gl.int64)],
+            dtype=gl.int64, is_pure=True, pack=1,
+        )  # fmt: skip
+        return addresses.to(WORDS, bitcast=True)
+    else:
+        return (pool + slots.to(gl.int64) * stride).to(WORDS, bitcast=True)
 
 
 @gluon.jit
@@ -60,7 +60,7 @@ def stage(staged, rows, exists, LIMIT: gl.constexpr, HIDDEN: gl.constexpr, LAYOU
 
 @gluon.jit
 def convert(staged, slot, PANEL_FIRST: gl.constexpr, KIND: gl.constexpr, HALF: gl.constexpr):
-    """Codes from panel PANEL_FIRST on into a slot of the ring, a piece at a time; between pieces Gluon has a barrier."""
+    """Codes from panel PANEL_FIRST on into a slot of the ring. Gluon puts a barrier between pieces."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [gl.num_warps(), 1], [1, 0])
     ROWS: gl.constexpr = slot.shape[0]
     PIECE: gl.constexpr = PANEL * min(slot.shape[1] // PANEL, max(1, PIECE_CODES // (ROWS * PANEL)))  # columns

@@ -1,4 +1,4 @@
-"""The tiled Hopper kernel's producer for fp8 pools: rows are copied as codes a tile ahead, and converted into the rings.
+"""The tiled Hopper kernel's producer for fp8 pools: rows are copied as codes a tile ahead, and then converted.
 
 Shared memory holds three tiles of codes: keys and values alike, in the order in which consumers ask for them. The tile
 that is converted leaves two on their way.
