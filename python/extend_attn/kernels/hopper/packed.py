@@ -378,20 +378,28 @@ def packed_kernel(
         call, shape, share, ring, pe, q_tile, q_pe, p_tile, pairs, num_splits, patience, num_indices, num_slots, WAIT,
     )  # fmt: skip
     if FP8:
-        k_producer = (call, shape, share, ring, pe, k_codes, pairs, num_splits, False, WAIT, PRODUCER_WARPS)
-        v_producer = (call, shape, share, ring, pe, v_codes, pairs, num_splits, True, WAIT, PRODUCER_WARPS)
         if V_IS_K:
             gl.warp_specialize(
-                [(_consume, consumer), (_produce_fp8, k_producer)],
+                [
+                    (_consume, consumer),
+                    (_produce_fp8, (call, shape, share, ring, pe, k_codes, pairs, num_splits, False, WAIT,
+                                    PRODUCER_WARPS)),
+                ],
                 [PRODUCER_WARPS],
                 [PRODUCER_REGISTERS],
-            )
+            )  # fmt: skip
         else:
             gl.warp_specialize(
-                [(_consume, consumer), (_produce_fp8, k_producer), (_produce_fp8, v_producer)],
+                [
+                    (_consume, consumer),
+                    (_produce_fp8, (call, shape, share, ring, pe, k_codes, pairs, num_splits, False, WAIT,
+                                    PRODUCER_WARPS)),
+                    (_produce_fp8, (call, shape, share, ring, pe, v_codes, pairs, num_splits, True, WAIT,
+                                    PRODUCER_WARPS)),
+                ],
                 [PRODUCER_WARPS, PRODUCER_WARPS],
                 [PRODUCER_REGISTERS, PRODUCER_REGISTERS],
-            )
+            )  # fmt: skip
     else:
         gl.warp_specialize(
             [(_consume, consumer), (_produce, (call, shape, share, ring, pe, pairs, num_splits, WAIT, PRODUCER_WARPS))],
