@@ -9,7 +9,7 @@ from .softmax import add_sink, natural_lse
 @gluon.jit
 def store_result(call, work, shape, acc, m_i, l_i):
     """Sink, division, output rows and LSE."""
-    r = gl.arange(0, shape.BLOCK_M, layout=gl.SliceLayout(0, shape.MMA))
+    r = gl.arange(0, shape.ROWS, layout=gl.SliceLayout(0, shape.MMA))
     columns = gl.arange(0, shape.BLOCK_D, layout=gl.SliceLayout(1, shape.MMA))
     _store(call, work, shape, acc, m_i, l_i, r, columns, True, 0)
 
@@ -43,13 +43,13 @@ def _store(call, work, shape, acc, m_i, l_i, r, columns, with_lse, ACROSS: gl.co
 
 @gluon.jit
 def store_part(call, work, shape, acc, m_i, l_i, slot):
-    """A program's accumulator, maxima and sums in its slot (64 bits): ``partial`` [slots, BLOCK_M, BLOCK_D],
-    ``partial_ml`` [slots, 2, BLOCK_M]. Rows that are not real are left out."""
-    r = gl.arange(0, shape.BLOCK_M, layout=gl.SliceLayout(0, shape.MMA))
+    """A program's accumulator, maxima and sums in its slot (64 bits): ``partial`` [slots, ROWS, BLOCK_D],
+    ``partial_ml`` [slots, 2, ROWS]. Rows that are not real are left out."""
+    r = gl.arange(0, shape.ROWS, layout=gl.SliceLayout(0, shape.MMA))
     columns = gl.arange(0, shape.BLOCK_D, layout=gl.SliceLayout(1, shape.MMA))
     row_ok = work.row_first + r < work.extend_len * shape.GROUP
-    gl.store(call.partial_ml + slot * (2 * shape.BLOCK_M) + r, m_i, mask=row_ok)
-    gl.store(call.partial_ml + slot * (2 * shape.BLOCK_M) + shape.BLOCK_M + r, l_i, mask=row_ok)
+    gl.store(call.partial_ml + slot * (2 * shape.ROWS) + r, m_i, mask=row_ok)
+    gl.store(call.partial_ml + slot * (2 * shape.ROWS) + shape.ROWS + r, l_i, mask=row_ok)
     ok = row_ok[None, :] & (columns < shape.BLOCK_D)[:, None]
-    gl.store(call.partial + slot * (shape.BLOCK_M * shape.BLOCK_D) + (r * shape.BLOCK_D)[None, :] + columns[:, None],
+    gl.store(call.partial + slot * (shape.ROWS * shape.BLOCK_D) + (r * shape.BLOCK_D)[None, :] + columns[:, None],
              acc, mask=ok)  # fmt: skip

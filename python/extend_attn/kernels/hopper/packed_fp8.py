@@ -23,10 +23,9 @@ def _slots(call, work, shape, i, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _stage(call, work, shape, i, stop, pool, stride, slots, staged, DIM: gl.constexpr, LAYOUT: gl.constexpr):
+def _stage(call, work, shape, i, stop, pool, stride, slots, place, DIM: gl.constexpr, LAYOUT: gl.constexpr):
     """Copies of tile ``i``, if it is one of the pool's, into its place."""
     if i < stop:
-        place = staged.index((i - work.first) % staged.shape[0])
         rows = rows_at(pool, slots, stride)
         WHOLE: gl.constexpr = not shape.MASK
         if WHOLE:
@@ -42,15 +41,16 @@ def _stage(call, work, shape, i, stop, pool, stride, slots, staged, DIM: gl.cons
 
 
 @gluon.jit
-def produce_staged(call, shape, share, ring, pe, staged, pairs, num_splits, V: gl.constexpr, WARPS: gl.constexpr):
-    """One producer's partition: the K tiles (V False) or the V tiles of the ring. All places of ``staged`` but one are
+def produce_staged(call, shape, share, ring, pe, codes, pairs, num_splits, V: gl.constexpr, WARPS: gl.constexpr):
+    """One producer's partition: the K tiles (V False) or the V tiles of the ring. All places for codes but one are
     on their way while a tile is converted; slots of the pool are looked up a tile before."""
     STEP: gl.constexpr = 1 if shape.V_IS_K else 2
     PE: gl.constexpr = 0 if V else shape.BLOCK_PE
     DIM: gl.constexpr = shape.HEAD_DIM_V if V else shape.HEAD_DIM
     HALF: gl.constexpr = (shape.V_HALF and V) or call.q.dtype.element_ty == gl.float16
-    AHEAD: gl.constexpr = staged.shape[0] - 1  # tiles
-    LAYOUT: gl.constexpr = copy_layout(shape.BLOCK_N, staged.shape[2], WARPS)
+    AHEAD: gl.constexpr = shape.CODE_TILES - 1
+    FIRST: gl.constexpr = shape.CODE_TILES if V else 0  # place
+    LAYOUT: gl.constexpr = copy_layout(shape.BLOCK_N, codes.shape[2], WARPS)
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     NEW: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0]))
     n = gl.to_tensor(1 if V else 0)
@@ -72,24 +72,26 @@ def produce_staged(call, shape, share, ring, pe, staged, pairs, num_splits, V: g
         if work.first < stop:
             for i in gl.static_range(AHEAD):
                 slots = _slots(call, work, shape, work.first + i, ROWS)
-                _stage(call, work, shape, work.first + i, stop, pool, stride, slots, staged, DIM, LAYOUT)
+                place = codes.index(FIRST + i)
+                _stage(call, work, shape, work.first + i, stop, pool, stride, slots, place, DIM, LAYOUT)
             ahead = _slots(call, work, shape, work.first + AHEAD, ROWS)
             for i in range(work.first, stop):
                 later = _slots(call, work, shape, i + AHEAD + 1, ROWS)
-                _stage(call, work, shape, i + AHEAD, stop, pool, stride, ahead, staged, DIM, LAYOUT)
+                place = codes.index(FIRST + (i + AHEAD - work.first) % shape.CODE_TILES)
+                _stage(call, work, shape, i + AHEAD, stop, pool, stride, ahead, place, DIM, LAYOUT)
                 ring.wait_empty(n)
                 async_copy.wait_group(AHEAD)
-                codes = staged.index((i - work.first) % staged.shape[0])
-                convert(codes, ring.slot(n), 0, shape.FP8, HALF)
+                here = codes.index(FIRST + (i - work.first) % shape.CODE_TILES)
+                convert(here, ring.slot(n), 0, shape.FP8, HALF)
                 if PE > 0:
-                    convert(codes, pe.index(n // STEP % pe.shape[0]), shape.BLOCK_D // PANEL, shape.FP8, HALF)
+                    convert(here, pe.index(n // STEP % pe.shape[0]), shape.BLOCK_D // PANEL, shape.FP8, HALF)
                 hand_over(ring, n, 1)
                 n += STEP
                 ahead = later
         if not shape.UNIFIED:
             for i in range(gl.maximum(work.first, work.pool_tiles), work.last):
-                place, seen = exists_of(call, work, shape, i, NEW)
-                rows = new + (work.q_start + (work.new_lo + place - work.pool_keys)) * stride_new
+                at, seen = exists_of(call, work, shape, i, NEW)
+                rows = new + (work.q_start + (work.new_lo + at - work.pool_keys)) * stride_new
                 ring.wait_empty(n)
                 put_new(ring.slot(n), rows, seen, 0, shape.BLOCK_D, 0, DIM, WARPS)
                 if PE > 0:

@@ -93,7 +93,7 @@ def even_share(call, shape, batch_size, pairs):
 
 
 @gluon.jit
-def next_work(call, shape, share, cursor, sequence, base, pairs, num_splits):
+def next_work(call, shape, share, cursor, sequence, base, pairs, num_splits, WHO: gl.constexpr = 0):
     """(Work, and where its pair's tiles begin; cursor, sequence and base after it)."""
     if shape.EVEN:
         tiles = _padded(_tiles(call, shape, sequence, True), share.padded)
@@ -104,11 +104,12 @@ def next_work(call, shape, share, cursor, sequence, base, pairs, num_splits):
         pair = (cursor - base) // tiles
         start = base + pair * tiles
         stop = gl.minimum(share.end - start, tiles)
-        work = work_of(call, shape, sequence, pair, 0, 1, cursor - start, stop)
+        work = work_of(call, shape, sequence, pair, 0, 1, cursor - start, stop, WHO)
         cursor = start + stop
     else:
         tile = gl.program_id(0) // num_splits
-        work = work_of(call, shape, tile // pairs, tile % pairs, gl.program_id(0) % num_splits, num_splits, 0, 0)
+        split = gl.program_id(0) % num_splits
+        work = work_of(call, shape, tile // pairs, tile % pairs, split, num_splits, 0, 0, WHO)
         start = gl.to_tensor(0)
         cursor = share.end
     return work, start, cursor, sequence, base
