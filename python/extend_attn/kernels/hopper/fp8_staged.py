@@ -69,8 +69,11 @@ def convert(staged, slot, PANEL_FIRST: gl.constexpr, KIND: gl.constexpr, HALF: g
     FIRST: gl.constexpr = PANEL_FIRST * PANEL // PIECE
     codes = reinterpret(staged, gl.int32, [ALL, ROWS, PIECE // 4], gl.NVMMASharedLayout(64, 32, 2))
     values = reinterpret(slot, gl.int32, [PIECES, ROWS, PIECE // 2], gl.NVMMASharedLayout(128, 32, 2))
-    for piece in range(PIECES):
-        words = codes.index(FIRST + piece).load(LAYOUT)
+    following = codes.index(FIRST).load(LAYOUT)
+    for piece in gl.static_range(PIECES):
+        words = following
+        if piece + 1 < PIECES:
+            following = codes.index(FIRST + piece + 1).load(LAYOUT)
         values.index(piece).store(to_pairs(words, KIND, HALF, True))
 
 
