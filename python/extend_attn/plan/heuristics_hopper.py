@@ -204,7 +204,8 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     At head dim 256 keys and values of short blocks share a ring of three slots, which makes room for the next item's
     query: 126 against 135 us for 16 chunks of 1024 on an H200, but 364 against 354 for a prompt of 8192.
     """
-    wide = problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 and not (problem.custom_mask or is_fp8(problem))
+    fp8 = is_fp8(problem)
+    wide = problem.head_dim_qk <= (128 if fp8 else 192) and problem.head_dim_v <= 128 and not problem.custom_mask
     tile = Tile(tiled_rows(problem), 128 if wide else 64, 8, 2)
     if wide and _few_keys(problem):
         tile = tile.merged({"block_n": 64, "num_stages": 3})
@@ -212,7 +213,8 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
         tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
     pack = problem.group % 2 == 0 and not latent(problem) and _pairs(problem)
     split_kv = tiled_splits(problem, device, tile.block_n, pack)
-    if split_kv == 1 and not (wide or problem.custom_mask or (_long(problem) and not is_fp8(problem))):
+    # beside fp8 codes on their way there is no room for two tiles of each
+    if fp8 or (split_kv == 1 and not (wide or problem.custom_mask or _long(problem))):
         one = Plan("hopper_tiled", tile.merged({"num_stages": 1}))
         tile = one.tile if shares_ring(problem, one) else tile
     return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=split_kv > 1, source="heuristic")
