@@ -141,8 +141,8 @@ def _here(x):
 
 @gluon.jit
 def _consume(
-    WHO: gl.constexpr, WAIT: gl.constexpr, call, shape, share, ring, pe, queries, queries_pe, weights, pairs,
-    num_splits, patience, num_indices, num_slots,
+    WHO: gl.constexpr, WAIT: gl.constexpr, call, shape, share, ring, pe, queries, queries_pe, weights, flags,
+    pairs, num_splits, patience, num_indices, num_slots,
 ):  # fmt: skip
     """A consumer's partition. Nothing passes between two of them: each waits for itself, and so one's softmax goes on
     beside the other's products."""
@@ -203,7 +203,7 @@ def _consume(
             if (i * shape.BLOCK_N < whole_from) | ((i + 1) * shape.BLOCK_N > whole_to):
                 s = gl.where(_seen(call, work, shape, i, token, row_position), s * scale, float("-inf"))
                 scale = gl.to_tensor(1.0)
-            if any_over(s * scale - m_i[None, :], SLACK):
+            if any_over(s * scale - m_i[None, :], SLACK, flags.index(WHO)):
                 m_new = gl.max(s * scale, 0)
                 m_new = gl.where(m_new > m_i + SLACK, m_new, m_i)
                 alpha = gl.exp2(m_i - m_new)
@@ -349,6 +349,7 @@ def packed_kernel(
     queries = gl.allocate_shared_memory(kind, [CONSUMERS, ROWS, BLOCK_D], SWIZZLED)
     weights = gl.allocate_shared_memory(kind, [CONSUMERS, ROWS, BLOCK_N], SWIZZLED)
     slots = gl.allocate_shared_memory(kind, [STAGES, BLOCK_N, BLOCK_D], SWIZZLED)
+    flags = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     queries_pe = queries
     pe = slots
     if BLOCK_PE > 0:
@@ -412,7 +413,8 @@ def packed_kernel(
     num_indices, num_slots = gl.to_tensor(num_indices), gl.to_tensor(num_slots)
     WAIT: gl.constexpr = PDL and not EVEN  # in the partitions, which are there by then
     consumer = (
-        call, shape, share, ring, pe, queries, queries_pe, weights, pairs, num_splits, patience, num_indices, num_slots,
+        call, shape, share, ring, pe, queries, queries_pe, weights, flags, pairs, num_splits, patience, num_indices,
+        num_slots,
     )  # fmt: skip
     producer = (call, shape, share, ring, pe, codes, pairs, num_splits)
     if CONSUMERS == 2 and FP8 and not V_IS_K:
