@@ -7,7 +7,7 @@ from typing import Callable, Dict, Optional, Tuple
 from ..problem import ELEMENT_SIZE, Problem
 from .blocks import next_power_of_2
 from .device import DeviceSpec
-from .legality_hopper_tiled import tiled_illegal, tiled_shared_memory, v_is_k
+from .legality_hopper_tiled import SHARED_MEMORY, tiled_illegal, tiled_shared_memory, v_is_k
 from .tile import Plan, Tile
 
 GLUON_TRITON = (3, 6)  # the first whose Gluon has warp specialisation with registers for each partition
@@ -19,7 +19,7 @@ PACKED_ROWS_MAX = 64
 # Registers of accumulator, logits, weights and sums that leave a consumer enough for the rest: of 160 with room for two
 # programs a multiprocessor, of 200 to 240, and of 160 where four warpgroups share the registers.
 HELD_OF_TWO, HELD_MAX, HELD_MAX_CROWDED = 80, 176, 112
-SHARED_MEMORY = 232448  # bytes of a block on sm_90
+NARROW_PRODUCER = 64  # keys a tile up to which a producer needs no more than 72 registers
 CODE_TILES_MIN, CODE_TILES_MAX = 2, 4  # of fp8 codes: one is converted while the others are on their way
 BARRIERS = 2560  # bytes: mbarriers, what warp specialisation keeps in shared memory, sums across warps
 
@@ -83,7 +83,7 @@ def packed_registers(problem: Problem, plan: Plan) -> Tuple[int, int, int]:
     tall = plan.tile.num_warps > 4
     if not is_fp8(problem):
         if tall:
-            return 168, 216, 72
+            return (168, 216, 72) if plan.tile.block_n <= NARROW_PRODUCER else (168, 200, 96)
         return (168, 0, 96) if packed_held(problem, plan.tile) > HELD_OF_TWO else (128, 0, 96)
     if tall:
         return (168, 200, 96) if v_is_k(problem) else (128, 160, 96)

@@ -82,8 +82,8 @@ def convert(
     place, slot, FIRST: gl.constexpr, PIECE_CODES: gl.constexpr, SWAP: gl.constexpr, KIND: gl.constexpr,
     HALF: gl.constexpr,
 ):  # fmt: skip
-    """Codes from column FIRST on into a slot of the ring, about PIECE_CODES at a time. A piece's codes are loaded before
-    the one before is stored, since Gluon puts a barrier between stores."""
+    """Codes from column FIRST on into a slot of the ring, about PIECE_CODES at a time. Gluon puts a barrier between
+    stores: a piece's codes are loaded before the one before is stored."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [gl.num_warps(), 1], [1, 0])
     ROWS: gl.constexpr = slot.shape[0]
     LEAST: gl.constexpr = 2 * PANEL if SWAP and slot.shape[1] > PANEL else PANEL

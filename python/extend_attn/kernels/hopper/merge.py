@@ -27,10 +27,10 @@ OF_FEW, OF_SOME, OF_MANY, OF_MOST = gl.constexpr(2048), gl.constexpr(512), gl.co
 
 
 @gluon.jit
-def finish_pair(call, work, shape, acc, m_i, l_i, pair, part, parts, patience):
+def finish_pair(call, work, shape, acc, m_i, l_i, place, pair, part, parts, patience):
     """The end of this program's share of ``pair``: part ``part`` of ``parts`` that programs side by side have of it."""
     if parts == 1:
-        store_result(call, work, shape, acc, m_i, l_i)
+        store_result(call, work, shape, acc, m_i, l_i, place)
     else:
         first = gl.program_id(0) - part
         store_part(call, work, shape, acc, m_i, l_i, slot_of(shape, work, first, part))

@@ -1,9 +1,9 @@
 """The packed kernel for Hopper: decode and verification at the memory's speed, at page size 1.
 
 One program holds the packed rows of a sequence and KV head (new tokens x heads of the group, 8 to 64) against its key
-list, or a share of it; many rows are shared by two consumers. Operands are swapped: S^T = K Q^T and O^T = V^T P^T, so that warpgroup products, 64 high, run
-over keys and value columns, and the few rows are their narrow side. K and V go from the ring straight to the tensor
-cores; only Q and P take shared memory beside it.
+list, or a share of it; many rows are shared by two consumers. Operands are swapped: S^T = K Q^T and O^T = V^T P^T, so
+that warpgroup products, 64 high, run over keys and value columns, and the few rows are their narrow side. K and V go
+from the ring straight to the tensor cores; only Q and P take shared memory beside it.
 
     producer warps    rows gathered by asynchronous copies (gather.py), or converted from fp8 (fp8_rows.py)
       -> ring         K and V tiles in turn
@@ -21,88 +21,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .ahead import look_ahead
+from .ahead import look_ahead, prefetch_lengths
 from .epilogue import store_result
 from .fp8_rows import produce_fp8
 from .gather import produce
 from .gluon_compat import reinterpret
 from .merge import finish_pair
 from .packed_fp8 import produce_staged
-from .packed_work import Call, Shape, key_index, key_positions, tile_keys
+from .packed_masks import rows_see, whole_places
+from .packed_work import Call, Shape
 from .ring import Ring, barriers
 from .shares import Share, even_share, next_work, parts_of
 from .softmax import NONE_SEEN, SLACK, any_over, bent_logits, no_sums, row_sums, thread_sums
 
 UNSPECIALIZED = [
-    "batch_size",
-    "window",
-    "sm_scale",
-    "pool_scale",
-    "v_scale",
-    "logit_cap",
-    "temperature_len",
-    "log2_temperature_len",
-    "num_splits",
-    "row_blocks",
-    "patience",
-    "num_indices",
-    "num_slots",
-]
+    "batch_size", "window", "sm_scale", "pool_scale", "v_scale", "logit_cap", "temperature_len", "log2_temperature_len",
+    "num_splits", "row_blocks", "patience", "num_indices", "num_slots",
+]  # fmt: skip
 UNALIGNED = [
-    "qo_indptr",
-    "kv_indptr",
-    "kv_indices",
-    "prefix_lens",
-    "custom_mask",
-    "mask_indptr",
-    "sinks",
-    "window_offsets",
-    "q_positions",
-    "lse",
-]
-
-
-# Tiles whose rows are prefetched under a window, where lists are short and a call's fixed cost counts: on an H200 32
-# verifications of 64 keys take 5.63 us so, 5.99 without, those of a window of 1024 34.3 and 34.6. Elsewhere it costs:
-# 0.5 % where there are several waves of programs, 1 % with 64 rows; and after splits one_verify takes 15.1 us, 13.4
-# without, since its programs are there a whole kernel early and their prefetches meet that one's reads.
-TILES_AHEAD = gl.constexpr(3)
-
-
-@gluon.jit
-def _whole(call, work, shape):
-    """[from, to): the places of the key list that every row of the tile sees."""
-    if shape.MASK_PREFIX or (shape.WINDOW and shape.Q_POSITIONS) or not shape.HAS_POOL:
-        return gl.to_tensor(0), gl.to_tensor(0)
-    begin = gl.to_tensor(0)
-    if shape.WINDOW:
-        begin = work.prefix_len + work.token_last - call.window - work.pool_lo
-    return begin, work.prefix_len - work.pool_lo
-
-
-@gluon.jit
-def _seen(call, work, shape, i, token, row_position):
-    """[BLOCK_N, ROWS]: which row sees which key of tile ``i``; no matter what of rows that are not real."""
-    KEYS: gl.constexpr = gl.SliceLayout(1, shape.MMA)
-    start, end = tile_keys(work, shape, i)
-    place = start + gl.arange(0, shape.BLOCK_N, layout=KEYS)
-    exists = place < end
-    index = key_index(work, shape, place)
-    seen = exists[:, None] & (token >= 0)[None, :]
-    CAUSAL: gl.constexpr = shape.CAUSAL and not shape.MASK
-    if CAUSAL:
-        seen = seen & (index[:, None] <= (work.prefix_len + token)[None, :])
-    if shape.WINDOW:
-        position = key_positions(call, work, shape, index, exists)
-        seen = seen & (row_position[None, :] <= (position + call.window)[:, None])
-    if shape.MASK:
-        masked = seen & (token < work.extend_len)[None, :]
-        if not shape.MASK_PREFIX:
-            masked = masked & (index >= work.prefix_len)[:, None]
-        rows = work.mask_row + token.to(gl.int64) * work.mask_stride
-        bytes_ = call.custom_mask + rows[None, :] + index.to(gl.int64)[:, None]
-        seen = seen & (gl.load(bytes_, mask=masked, other=1) != 0)
-    return seen
+    "qo_indptr", "kv_indptr", "kv_indices", "prefix_lens", "custom_mask", "mask_indptr", "sinks", "window_offsets",
+    "q_positions", "lse",
+]  # fmt: skip
 
 
 @gluon.jit
@@ -147,8 +86,8 @@ def _consume(
     """A consumer's partition. Nothing passes between two of them: each waits for itself, and so one's softmax goes on
     beside the other's products."""
     if WAIT:
-        if shape.HAS_POOL and shape.WINDOW and not shape.SPLIT and WHO == 0:
-            look_ahead(call, shape, pairs, num_indices, num_slots, TILES_AHEAD)
+        if shape.HAS_POOL and not shape.SPLIT and WHO == 0:
+            look_ahead(call, shape, pairs, num_indices, num_slots)
         gdc_wait()
     MMA: gl.constexpr = shape.MMA
     ROWS: gl.constexpr = gl.SliceLayout(0, MMA)
@@ -172,7 +111,7 @@ def _consume(
             row_position = gl.load(
                 call.q_positions + work.q_start + token, mask=token < work.extend_len, other=0
             )  # fmt: skip
-        whole_from, whole_to = _whole(call, work, shape)
+        whole_from, whole_to = whole_places(call, work, shape)
 
         acc = gl.zeros([shape.BLOCK_D, shape.ROWS], gl.float32, MMA)
         sums = no_sums(shape)
@@ -201,9 +140,12 @@ def _consume(
                 s = bent_logits(s, scale, call, row_position, shape)
                 scale = gl.to_tensor(1.0)
             if (i * shape.BLOCK_N < whole_from) | ((i + 1) * shape.BLOCK_N > whole_to):
-                s = gl.where(_seen(call, work, shape, i, token, row_position), s * scale, float("-inf"))
+                s = gl.where(rows_see(call, work, shape, i, token, row_position), s * scale, float("-inf"))
                 scale = gl.to_tensor(1.0)
-            if any_over(s * scale - m_i[None, :], SLACK, flags.index(WHO)):
+            moves = i == work.first
+            if not moves:
+                moves = any_over(s * scale - m_i[None, :], SLACK, flags.index(WHO))
+            if moves:
                 m_new = gl.max(s * scale, 0)
                 m_new = gl.where(m_new > m_i + SLACK, m_new, m_i)
                 alpha = gl.exp2(m_i - m_new)
@@ -235,9 +177,9 @@ def _consume(
             part, parts = parts_of(shape, share, work, start, num_splits)
             if part < parts:
                 pair = (work.sequence * pairs + work.pair) * shape.CONSUMERS + WHO
-                finish_pair(call, work, shape, acc, m_i, l_i, pair, part, parts, patience)
+                finish_pair(call, work, shape, acc, m_i, l_i, queries.index(WHO), pair, part, parts, patience)
         else:
-            store_result(call, work, shape, acc, m_i, l_i)
+            store_result(call, work, shape, acc, m_i, l_i, queries.index(WHO))
 
 
 @gluon.jit
@@ -369,9 +311,9 @@ def packed_kernel(
     fence_async_shared()
 
     shape = Shape(
-        NUM_HEADS, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_PE, BLOCK_M, ROWS, CONSUMERS, BLOCK_N, HAS_POOL, UNIFIED, CAUSAL,
-        WINDOW, MASK, MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, window_offsets is not None, LSE, V_SCALED,
-        V_IS_K, NEGATE_Q, APART, FP8, V_HALF, CODE_TILES, SPLIT, EVEN, MMA,
+        NUM_HEADS, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_PE, BLOCK_M, ROWS, CONSUMERS, BLOCK_N, HAS_POOL, UNIFIED,
+        CAUSAL, WINDOW, MASK, MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, window_offsets is not None, LSE,
+        V_SCALED, V_IS_K, NEGATE_Q, APART, FP8, V_HALF, CODE_TILES, SPLIT, EVEN, MMA,
     )  # fmt: skip
     none = qo_indptr  # stands in for a pointer that is off
     call = Call(
@@ -405,6 +347,7 @@ def packed_kernel(
         gdc_launch_dependents()
     if EVEN:
         if PDL:
+            prefetch_lengths(call, batch_size)
             gdc_wait()
         share = even_share(call, shape, batch_size, pairs)
     else:

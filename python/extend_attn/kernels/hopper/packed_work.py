@@ -215,8 +215,8 @@ def work_of(call, shape, b, pair, share, num_shares, begin, end, WHO: gl.constex
         mask_stride = (prefix_len + extend_len + cut).to(gl.int64)
         mask_row = gl.load(call.mask_indptr + b).to(gl.int64) + cut
     return Work(
-        b, pair, pair % HEADS, row_first + WHO * shape.ROWS, token_first, token_last, q_start, extend_len, kv_start, prefix_len, offset,
-        pool_lo, pool_keys, new_lo, keys, pool_tiles, tiles, first, last, mask_row, mask_stride,
+        b, pair, pair % HEADS, row_first + WHO * shape.ROWS, token_first, token_last, q_start, extend_len, kv_start,
+        prefix_len, offset, pool_lo, pool_keys, new_lo, keys, pool_tiles, tiles, first, last, mask_row, mask_stride,
     )  # fmt: skip
 
 

@@ -69,11 +69,15 @@ def even_share(call, shape, batch_size, pairs):
     total = gl.to_tensor(0)
     most = gl.to_tensor(0)
     lists = gl.to_tensor(0)
+    leading = _tiles(call, shape, ids, ids < batch_size)
+    tiles = leading
     for start in range(0, batch_size, CHUNK):
-        tiles = _tiles(call, shape, start + ids, start + ids < batch_size)
+        if start > 0:
+            tiles = _tiles(call, shape, start + ids, start + ids < batch_size)
         total += gl.sum(tiles, 0) * pairs
         lists += gl.sum((tiles > 0).to(gl.int32), 0) * pairs
         most = gl.maximum(most, gl.max(tiles, 0))
+    tiles = leading
     whole = (lists <= programs) & (most * programs * 100 <= total * SNAP_PERCENT)
     padded = gl.where(whole, most, 0)
     size = gl.maximum(gl.cdiv(total, programs), MIN_SPLIT_KEYS // shape.BLOCK_N)
@@ -84,7 +88,9 @@ def even_share(call, shape, batch_size, pairs):
     before = gl.to_tensor(0)
     passed = gl.to_tensor(0)
     for start in range(0, batch_size, CHUNK):
-        tiles = _padded(_tiles(call, shape, start + ids, start + ids < batch_size), padded)
+        if start > 0:
+            tiles = _tiles(call, shape, start + ids, start + ids < batch_size)
+        tiles = _padded(tiles, padded)
         over = (before + gl.associative_scan(tiles, 0, _add)) * pairs <= cursor
         sequence += gl.sum((over & (start + ids < batch_size)).to(gl.int32), 0)
         passed += gl.sum(gl.where(over, tiles, 0), 0)

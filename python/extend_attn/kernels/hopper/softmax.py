@@ -33,7 +33,7 @@ def bent_logits(s, scale, call, row_position, shape):
 
 @gluon.jit
 def _of_threads(x):
-    """[keys, rows] as [warps and blocks, 2, lanes, row blocks, lanes, 2]: what a thread holds lies in the 2s and blocks."""
+    """[keys, rows] as [warps, 2, lanes, row blocks, lanes, 2]: what a thread holds lies along the 2s and the blocks."""
     return x.reshape([x.shape[0] // 16, 2, 8, x.shape[1] // 8, 4, 2])
 
 
@@ -45,8 +45,8 @@ def _everywhere():
 
 @gluon.jit
 def any_over(x, limit, flags):
-    """Whether any logit is over ``limit``. Each warp leaves a word in ``flags`` [4]: a reduction over the warpgroup takes
-    two barriers and as many shuffles, this takes one barrier."""
+    """Whether any logit is over ``limit``. Each warp leaves a word in ``flags`` [4], which takes one barrier: a reduction
+    over the warpgroup takes two, and shuffles."""
     x = gl.max(gl.max(gl.max(_of_threads(x), 5), 3), 1)
     over = (x > limit).to(gl.int32)
     lanes = over.reshape([over.shape[0] // 4, 4, 32]) if over.shape[0] > 4 else over.reshape([4, 32])
