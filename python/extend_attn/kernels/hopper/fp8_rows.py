@@ -1,4 +1,4 @@
-"""Rows of an fp8 pool: loaded as codes, converted in registers, stored into the ring in 16 bits.
+"""Codes of an fp8 pool to 16 bits; and the packed kernel's producers where shared memory has no room for codes.
 
 Both conversions are exact, and NaN and Inf codes stay what they are. Values go to fp16, whose exponent holds every
 code: e5m2 is an fp16's upper byte, e4m3 has an instruction. Keys beside a bf16 query go to bf16 by bits: sign, exponent

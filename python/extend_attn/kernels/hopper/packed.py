@@ -5,7 +5,7 @@ list, or a share of it; many rows are shared by two consumers. Operands are swap
 that warpgroup products, 64 high, run over keys and value columns, and the few rows are their narrow side. K and V go
 from the ring straight to the tensor cores; only Q and P take shared memory beside it.
 
-    producer warps    rows gathered by asynchronous copies (gather.py), or converted from fp8 (fp8_rows.py)
+    producer warps    rows gathered by asynchronous copies (gather.py), or converted from fp8 (packed_fp8.py)
       -> ring         K and V tiles in turn
     consumers         S^T, mask, softmax, P to shared memory, O^T; at the end the result, or a split's part of it
 
@@ -14,11 +14,7 @@ Programs that share a list merge their parts at the end of the same launch (merg
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .ahead import look_ahead, prefetch_lengths

@@ -45,8 +45,8 @@ def _everywhere():
 
 @gluon.jit
 def any_over(x, limit, flags):
-    """Whether any logit is over ``limit``. Each warp leaves a word in ``flags`` [4], which takes one barrier: a reduction
-    over the warpgroup takes two, and shuffles."""
+    """Whether any logit is over ``limit``. Each warp leaves a word in ``flags`` [4], which takes one barrier; a
+    reduction over the warpgroup takes two, and shuffles."""
     x = gl.max(gl.max(gl.max(_of_threads(x), 5), 3), 1)
     over = (x > limit).to(gl.int32)
     lanes = over.reshape([over.shape[0] // 4, 4, 32]) if over.shape[0] > 4 else over.reshape([4, 32])
