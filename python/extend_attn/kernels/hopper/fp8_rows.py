@@ -105,8 +105,8 @@ def to_pairs(words, KIND: gl.constexpr, HALF: gl.constexpr, THROUGH_FP32: gl.con
 def put_codes(
     slot, words, COLUMN: gl.constexpr, KIND: gl.constexpr, HALF: gl.constexpr, THROUGH_FP32: gl.constexpr = False
 ):
-    """Words of four codes into columns of a slot, as fp16 (HALF) or bf16. THROUGH_FP32 is shorter: it is hopper_tiled's
-    way (fp8_extend_pref: 365 us on an H200, 488 by shifts on an H100), and not measured in hopper_packed."""
+    """Words of four codes into columns of a slot, as fp16 (HALF) or bf16; THROUGH_FP32 is shorter, but spills where a
+    whole tile of codes is in registers."""
     pairs = to_pairs(words, KIND, HALF, THROUGH_FP32)
     WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
     in_words = reinterpret(slot, gl.int32, [slot.shape[0], slot.shape[1] // 2], WORDS)

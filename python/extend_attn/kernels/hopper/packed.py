@@ -120,7 +120,8 @@ def _consume(
                 scale = call.sm_scale  # the pool's is the same
 
             ring.wait_full(n)
-            fence_async_shared()  # rows came through the generic proxy
+            if not shape.FP8:  # rows came through the generic proxy; one that converts them fences them off itself
+                fence_async_shared()
             zeros = gl.zeros([shape.BLOCK_N, shape.ROWS], gl.float32, MMA)
             at = _here(WHO)
             s = warpgroup_mma(ring.slot(n), queries.index(at).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -155,7 +156,8 @@ def _consume(
                     acc = acc * call.v_scale
             if not shape.V_IS_K:
                 ring.wait_full(n)
-                fence_async_shared()
+                if not shape.FP8:
+                    fence_async_shared()
             p_tile = weights.index(at)
             if shape.V_HALF:
                 if shape.UNIFIED or i < work.pool_tiles:
