@@ -31,7 +31,7 @@ from .tiled import tiled_kernel
 # Registers a thread of (consumers, producer): what setmaxnreg divides the 168 of a launch with 12 warps into. TMA and a
 # gather take 40, with 24 TMA spills between loads; a gather takes 56 where keys are split (one_chunk 93 us with 40, 76
 # with 56). A conversion of fp8 codes holds a tile of them, a mask its bytes.
-PRODUCER_REGISTERS, SPLIT_GATHER_REGISTERS, MASK_REGISTERS, FP8_REGISTERS = (232, 40), (224, 56), (216, 80), (208, 88)
+PRODUCER_REGISTERS, SPLIT_GATHER_REGISTERS, FP8_REGISTERS = (232, 40), (224, 56), (216, 80)
 MAX_REGISTERS = 168
 PRODUCER_WARPS = 4  # that gather
 PANEL = 64  # columns of a TMA box of the pool: see tiled_producer.py
@@ -58,10 +58,8 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     gather = on["HAS_POOL"] or on["MASK"]
     fp8 = FP8_CODES.get(problem.kv_dtype, 0) if on["HAS_POOL"] else 0
     registers = PRODUCER_REGISTERS
-    if fp8:
+    if fp8 or on["MASK"]:
         registers = FP8_REGISTERS
-    elif on["MASK"]:
-        registers = MASK_REGISTERS
     elif gather and plan.split_kv > 1 and plan.tile.block_n <= 64 and not latent(problem):
         registers = SPLIT_GATHER_REGISTERS
     constants: Dict[str, Any] = dict(

@@ -5,11 +5,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from .fp8_rows import put_new
-from .fp8_staged import PANEL, convert, copy_layout, hand_over, stage
+from .fp8_staged import convert, copy_layout, hand_over, stage
 from .gather import exists_of, slots_of
 from .shares import next_work
-
-PIECE_CODES = gl.constexpr(8192)  # with 16384 fp8_verify_full8k takes 178 us on an H200, 173 so
 
 
 @gluon.jit
@@ -27,18 +25,17 @@ def _slots(call, work, shape, i, LAYOUT: gl.constexpr):
 @gluon.jit
 def _stage(call, work, shape, i, stop, pool, stride, slots, place, DIM: gl.constexpr, LAYOUT: gl.constexpr):
     """Copies of tile ``i``, if it is one of the pool's, into its place."""
-    SWAP: gl.constexpr = shape.BLOCK_D > PANEL
     if i < stop:
         WHOLE: gl.constexpr = not shape.MASK
         if WHOLE:
             if (i + 1) * shape.BLOCK_N <= work.pool_keys:
-                stage(place, pool, slots, stride, slots, DIM, False, SWAP, LAYOUT)
+                stage(place, pool, slots, stride, slots, DIM, False, LAYOUT)
             else:
                 _, exists = exists_of(call, work, shape, i, gl.SliceLayout(1, LAYOUT))
-                stage(place, pool, slots, stride, exists, DIM, True, SWAP, LAYOUT)
+                stage(place, pool, slots, stride, exists, DIM, True, LAYOUT)
         else:
             _, exists = exists_of(call, work, shape, i, gl.SliceLayout(1, LAYOUT))
-            stage(place, pool, slots, stride, exists, DIM, True, SWAP, LAYOUT)
+            stage(place, pool, slots, stride, exists, DIM, True, LAYOUT)
     async_copy.commit_group()
 
 
@@ -84,10 +81,10 @@ def produce_staged(call, shape, share, ring, pe, codes, pairs, num_splits, V: gl
                 ring.wait_empty(n)
                 async_copy.wait_group(AHEAD)
                 here = codes.index(FIRST + (i - work.first) % shape.CODE_TILES)
-                convert(here, ring.slot(n), 0, PIECE_CODES, shape.BLOCK_D > PANEL, shape.FP8, HALF)
+                convert(here, ring.slot(n), 0, shape.FP8, HALF)
                 if PE > 0:
                     rest = pe.index(n // STEP % pe.shape[0])
-                    convert(here, rest, shape.BLOCK_D, PIECE_CODES, shape.BLOCK_D > PANEL, shape.FP8, HALF)
+                    convert(here, rest, shape.BLOCK_D, shape.FP8, HALF)
                 hand_over(ring, n, 1)
                 n += STEP
                 ahead = later

@@ -10,14 +10,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .fp8_staged import PANEL, convert, copy_layout, hand_over, stage
+from .fp8_staged import convert, copy_layout, hand_over, stage
 from .tiled_masks import some_row_sees
 from .tiled_producer import load_keys, load_query, new_values
 from .tiled_schedule import announce, announced, count_blocks, search_at
 from .tiled_work import key_place, tiles_of, value_place
 
 CODE_TILES = gl.constexpr(3)  # places for tiles of codes
-PIECE_CODES = gl.constexpr(16384)  # with 8192 fp8_extend_pref takes 320 us on an H200, 315 so
 
 
 @gluon.jit
@@ -31,13 +30,9 @@ def _slots(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
         new = t < tiles.new_tiles
         start = gl.where(new, item.prefix_len + (tiles.new_hi - 1 - t) * c.BLOCK_N, start)
         last = gl.where(new, item.prefix_len + item.extend_len - 1, last)
-    key = gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
-    slots = gl.zeros([c.BLOCK_N], gl.int32, gl.SliceLayout(1, LAYOUT))
-    if (start >= first) & (start + c.BLOCK_N - 1 <= last):
-        slots = gl.load(kv_indices + start + key).to(gl.int32)
-    elif (last >= first) & (c.UNIFIED | (t >= tiles.new_tiles)):
-        slots = gl.load(kv_indices + gl.maximum(gl.minimum(start + key, last), first)).to(gl.int32)
-    return slots
+    key = start + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+    slots = gl.load(kv_indices + gl.maximum(gl.minimum(key, last), first), mask=key * 0 + last >= first, other=0)
+    return slots.to(gl.int32)
 
 
 @gluon.jit
@@ -50,29 +45,27 @@ def _pooled(tiles, t, c):
 
 
 @gluon.jit
-def _put_keys(place, ring, n, ARRIVALS: gl.constexpr, SWAP: gl.constexpr, c):
+def _put_keys(place, ring, n, ARRIVALS: gl.constexpr, c):
     HALF: gl.constexpr = ring.slots.dtype == gl.float16
     for chunk in gl.static_range(c.K_CHUNKS):
         at = n * c.K_CHUNKS + chunk
         ring.wait_empty(at)
-        convert(place, ring.slot(at), chunk * c.K_COLUMNS, PIECE_CODES, SWAP, c.FP8, HALF)
+        convert(place, ring.slot(at), chunk * c.K_COLUMNS, c.FP8, HALF)
         hand_over(ring, at, ARRIVALS)
 
 
 @gluon.jit
-def _put_values(place, ring, n, ARRIVALS: gl.constexpr, SWAP: gl.constexpr, c):
+def _put_values(place, ring, n, ARRIVALS: gl.constexpr, c):
     ring.wait_empty(n)
-    convert(place, ring.slot(n), 0, PIECE_CODES, SWAP, c.FP8, ring.slots.dtype == gl.float16)
+    convert(place, ring.slot(n), 0, c.FP8, ring.slots.dtype == gl.float16)
     hand_over(ring, n, ARRIVALS)
 
 
 @gluon.jit
 def produce_fp8(sources, call, memory, staged, ARRIVALS: gl.constexpr, c):
-    """As tiled_producer.produce. Of ``staged``, place ``step`` holds keys of tile t, the next values of tile t - 1, the
-    third keys of tile t + 1; the first two are filled anew together, behind both conversions, which would otherwise
-    wait for copies in the queue before them."""
+    """As tiled_producer.produce. Place ``step`` of ``staged`` holds keys of tile t, the next values of tile t - 1, the
+    third keys of tile t + 1; values of tile t follow into the first as soon as its keys are converted."""
     LAYOUT: gl.constexpr = copy_layout(c.BLOCK_N, staged.shape[2], gl.num_warps())
-    SWAP: gl.constexpr = c.K_COLUMNS > PANEL
     total = count_blocks(call, c)
     n = 0
     number = 0
@@ -88,53 +81,49 @@ def produce_fp8(sources, call, memory, staged, ARRIVALS: gl.constexpr, c):
         v_pool = sources.v_pool + head.to(gl.int64) * sources.stride_vg
         slots = _slots(kv_indices, item, tiles, tiles.begin, LAYOUT, c)
         following = _slots(kv_indices, item, tiles, tiles.begin + 1, LAYOUT, c)
-        ahead = _slots(kv_indices, item, tiles, tiles.begin + 2, LAYOUT, c)
         if c.QUERIES > 1:
             if works:
                 load_query(sources.q, item, memory, number, c)
         if _pooled(tiles, tiles.begin, c):
-            stage(staged.index(0), k_pool, slots, sources.stride_ks, slots, c.HEAD_DIM, False, SWAP, LAYOUT)
+            stage(staged.index(0), k_pool, slots, sources.stride_ks, slots, c.HEAD_DIM, False, LAYOUT)
         async_copy.commit_group()
-        async_copy.commit_group()
-        if _pooled(tiles, tiles.begin + 1, c):
-            stage(staged.index(2), k_pool, following, sources.stride_ks, following, c.HEAD_DIM, False, SWAP, LAYOUT)
-        async_copy.commit_group()
+        async_copy.commit_group()  # of values of no tile
         step = gl.to_tensor(0)
         for t in range(tiles.begin, tiles.end + 1):
             keys_at = key_place(n, t, tiles, c)
             values_at = value_place(n - 1, t - 1, tiles, c)
-            later = _slots(kv_indices, item, tiles, t + 3, LAYOUT, c)
-            first = staged.index(step % CODE_TILES)
-            second = staged.index((step + 1) % CODE_TILES)
+            ahead = _slots(kv_indices, item, tiles, t + 2, LAYOUT, c)
+            keys = staged.index(step % CODE_TILES)
+            if _pooled(tiles, t + 1, c):
+                place = staged.index((step + 2) % CODE_TILES)
+                stage(place, k_pool, following, sources.stride_ks, following, c.HEAD_DIM, False, LAYOUT)
+            async_copy.commit_group()
             if t < tiles.end:
                 if _pooled(tiles, t, c):
                     async_copy.wait_group(2)
-                    _put_keys(first, memory.k_ring, keys_at, ARRIVALS, SWAP, c)
+                    _put_keys(keys, memory.k_ring, keys_at, ARRIVALS, c)
                 else:
                     load_keys(sources.k, item, tiles.new_hi - 1 - t, head, memory.k_ring, keys_at, ARRIVALS, c)
+            if _pooled(tiles, t, c):
+                exists = slots
+                if c.MASK_PREFIX:
+                    exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
+                stage(keys, v_pool, slots, sources.stride_vs, exists, c.HEAD_DIM_V, c.MASK_PREFIX, LAYOUT)
+            async_copy.commit_group()
             if t == tiles.begin:
                 if c.QUERIES == 1:
                     if works:
                         load_query(sources.q, item, memory, number, c)
             elif _pooled(tiles, t - 1, c):
-                async_copy.wait_group(1)
-                _put_values(second, memory.v_ring, values_at, ARRIVALS, SWAP, c)
+                async_copy.wait_group(2)
+                place = staged.index((step + 1) % CODE_TILES)
+                _put_values(place, memory.v_ring, values_at, ARRIVALS, c)
             else:
                 new_values(sources, item, tiles, t - 1, head, memory.v_ring, values_at, ARRIVALS, call, c)
-            if _pooled(tiles, t, c):
-                exists = slots
-                if c.MASK_PREFIX:
-                    exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
-                stage(first, v_pool, slots, sources.stride_vs, exists, c.HEAD_DIM_V, c.MASK_PREFIX, SWAP, LAYOUT)
-            async_copy.commit_group()
-            if _pooled(tiles, t + 2, c):
-                stage(second, k_pool, ahead, sources.stride_ks, ahead, c.HEAD_DIM, False, SWAP, LAYOUT)
-            async_copy.commit_group()
             if t == search_at(tiles):
                 announce(memory.board, turn + 1, total, call, c)
             slots = following
             following = ahead
-            ahead = later
             step += 2
             n += 1
         n -= 1
