@@ -34,9 +34,13 @@ PLAIN_GROUP, PLAIN_ROWS_MAX, PLAIN_HEAD_DIM_MAX = 8, 256, 256
 NARROW_HEAD_DIM, NARROW_GROUP, NARROW_WAVES, PLAIN_FP8_KEYS = 64, 1, 1.5, 128
 FEW_TOKENS = 16
 PACKED_BLOCK_N = 64
-# Registers that packed_held may name before a second consumer shares the rows: 64 rows at head dim 128 (160) take 69 us
-# on an H200 with two, 75 with one; 32 rows (80) 67.1 and 66.6, at head dim 256 (112) 37.8 and 36.3 us.
-HELD_OF_ONE = 128
+# Registers that packed_held may name before a second consumer shares the rows. On an H200, us with one and two: 64 rows
+# at head dim 128 (160) 75 and 69, at 64 (128) 61 and 56, 32 rows at 512 (176) 142 and 134; but 32 rows at 128 (80) 66.6
+# and 67.1, at 256 (112) 128.9 and 129.4.
+HELD_OF_ONE = 112
+# 16 rows at head dim 128 in more programs than a wave take 244.7 us with 128 keys a tile, 246.0 with 64 (32 sequences
+# of 8000 tokens on an H200); 8 rows 244.9 and 243.3.
+WIDE_BLOCK_N, WIDE_ROWS, WIDE_HEAD_DIM, WIDE_KEYS = 128, 16, 128, 4096
 # fp8 codes are converted a tile at a time: wider tiles of small heads wait less often (64 sequences of 4000 tokens at
 # head dim 128: 230 us on an H100, 267 with 64 keys), where a sequence has more than SHORT keys (78 of 34: 22.5 us on an
 # H200 with 64 keys a tile, 29.9 with 128).
@@ -151,6 +155,9 @@ def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
     while packed_held(problem, tile) > _held_well(problem, tile):  # a second consumer, then fewer rows
         tile = tile.merged({"num_warps": 8} if tile.num_warps == 4 else {"block_m": tile.block_m // 2, "num_warps": 4})
     programs = max(problem.batch_size, 1) * problem.num_kv_heads * -(-max(problem.rows, 1) // tile.block_m)
+    wide = (tile.block_m, block_d) == (WIDE_ROWS, WIDE_HEAD_DIM) and keys >= WIDE_KEYS
+    if wide and not fp8 and programs > device.sm_count:
+        tile = tile.merged({"block_n": WIDE_BLOCK_N})
     split_kv = packed_splits(problem, device, programs)
     one_wave = problem.has_prefix and not fp8 and programs * split_kv <= device.sm_count
     even = split_kv == 1 and _even(problem, one_wave, programs > device.sm_count)
@@ -162,6 +169,7 @@ def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
 
 
 def _held_well(problem: Problem, tile: Tile) -> int:
+    """The most that ``packed_held`` may be where more consumers or fewer rows would not be faster."""
     return min(HELD_OF_ONE, packed_held_max(problem, tile)) if tile.num_warps == 4 else packed_held_max(problem, tile)
 
 

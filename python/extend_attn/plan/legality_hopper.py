@@ -77,8 +77,8 @@ def packed_registers(problem: Problem, plan: Plan) -> Tuple[int, int, int]:
     """(registers a thread that the launch reserves, those of a second consumer, those that a producer keeps); the first
     consumer has the rest.
 
-    One warpgroup of consumers and one of producers get 160 and 96, which leaves room for two programs a
-    multiprocessor. Many rows, or a group of converting producers for each of K and V, take what one program can have.
+    One consumer, a warpgroup, and one of producers get 160 and 96, which leaves room for two programs a multiprocessor.
+    Many rows, or a group of converting producers for each of K and V, take what one program can have.
     """
     tall = plan.tile.num_warps > 4
     if not is_fp8(problem):

@@ -37,6 +37,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     consumers = tile.num_warps // 4
     constants = dict(
         _constants(inputs, problem),
+        V_HALF=is_fp8(problem) and problem.dtype == "bfloat16" and not v_is_k(problem) and consumers == 1,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         STAGES=tile.num_stages,
@@ -120,5 +121,4 @@ def _constants(inputs: Inputs, problem: Problem) -> Dict[str, Any]:
         NEGATE_Q=inputs.sm_scale < 0,
         APART=(fp8 or scaled) and not problem.unified,
         FP8=FP8_CODES[problem.kv_dtype] if fp8 else 0,
-        V_HALF=fp8 and problem.dtype == "bfloat16" and not v_is_k(problem),
     )
