@@ -11,28 +11,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from .fp8_staged import convert, copy_layout, hand_over, stage
+from .tiled_gather import slots_of
 from .tiled_masks import some_row_sees
 from .tiled_producer import load_keys, load_query, new_values
 from .tiled_schedule import announce, announced, count_blocks, search_at
 from .tiled_work import key_place, tiles_of, value_place
 
 CODE_TILES = gl.constexpr(3)  # places for tiles of codes
-
-
-@gluon.jit
-def _slots(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
-    """Pool slots of tile t's keys. Those that the item does not see repeat one that it does; past the prefix's tiles
-    they mean nothing, but are slots of the item, and before them they are not looked up."""
-    start = (tiles.pool_hi - 1 - (t - tiles.new_tiles)) * c.BLOCK_N
-    first = tiles.pool_first
-    last = item.prefix_len - 1
-    if c.UNIFIED:
-        new = t < tiles.new_tiles
-        start = gl.where(new, item.prefix_len + (tiles.new_hi - 1 - t) * c.BLOCK_N, start)
-        last = gl.where(new, item.prefix_len + item.extend_len - 1, last)
-    key = start + gl.arange(0, c.BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
-    slots = gl.load(kv_indices + gl.maximum(gl.minimum(key, last), first), mask=key * 0 + last >= first, other=0)
-    return slots.to(gl.int32)
 
 
 @gluon.jit
@@ -66,6 +51,7 @@ def produce_fp8(sources, call, memory, staged, ARRIVALS: gl.constexpr, c):
     """As tiled_producer.produce. Place ``step`` of ``staged`` holds keys of tile t, the next values of tile t - 1, the
     third keys of tile t + 1; values of tile t follow into the first as soon as its keys are converted."""
     LAYOUT: gl.constexpr = copy_layout(c.BLOCK_N, staged.shape[2], gl.num_warps())
+    ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     total = count_blocks(call, c)
     n = 0
     number = 0
@@ -79,8 +65,8 @@ def produce_fp8(sources, call, memory, staged, ARRIVALS: gl.constexpr, c):
         kv_indices = sources.kv_indices + kv_start
         k_pool = sources.k_pool + head.to(gl.int64) * sources.stride_kg
         v_pool = sources.v_pool + head.to(gl.int64) * sources.stride_vg
-        slots = _slots(kv_indices, item, tiles, tiles.begin, LAYOUT, c)
-        following = _slots(kv_indices, item, tiles, tiles.begin + 1, LAYOUT, c)
+        slots = slots_of(kv_indices, item, tiles, tiles.begin, ROWS, c)
+        following = slots_of(kv_indices, item, tiles, tiles.begin + 1, ROWS, c)
         if c.QUERIES > 1:
             if works:
                 load_query(sources.q, item, memory, number, c)
@@ -92,7 +78,7 @@ def produce_fp8(sources, call, memory, staged, ARRIVALS: gl.constexpr, c):
         for t in range(tiles.begin, tiles.end + 1):
             keys_at = key_place(n, t, tiles, c)
             values_at = value_place(n - 1, t - 1, tiles, c)
-            ahead = _slots(kv_indices, item, tiles, t + 2, LAYOUT, c)
+            ahead = slots_of(kv_indices, item, tiles, t + 2, ROWS, c)
             keys = staged.index(step % CODE_TILES)
             if _pooled(tiles, t + 1, c):
                 place = staged.index((step + 2) % CODE_TILES)
