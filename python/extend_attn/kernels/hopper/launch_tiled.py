@@ -14,6 +14,7 @@ from ...plan.legality_hopper_tiled import (
     LATENT_REST,
     RING_SLOTS,
     ROWS,
+    code_columns,
     latent,
     shares_ring,
     tiled_blocks,
@@ -88,6 +89,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         CONSUMER_REGISTERS=registers[0],
         PRODUCER_REGISTERS=registers[1],
         PRODUCER_WARPS=PRODUCER_WARPS if gather else 1,
+        CODE_COLUMNS=code_columns(problem) if fp8 else 0,
     )
     numbers = (
         *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.v_new), *strides(inputs.o),

@@ -3,8 +3,8 @@
 New tokens come through TMA. Their descriptors are *ragged*: two leading dimensions whose strides cancel (modulo 2^64)
 move the end of the tensor to the end of the sequence, so that the hardware fills the rows past it with zeros and a
 neighbour's rows are never seen. Prefix rows, and all rows of a unified call, are gathered one by one into the same
-rings, by asynchronous copies or, from an fp8 pool, through registers; rows past either end of what the item sees repeat
-a row that it does see, and their scores are masked.
+rings, by asynchronous copies (of an fp8 pool: tiled_fp8.py); rows past either end of what the item sees repeat a row
+that it does see, and their scores are masked.
 """
 
 # Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
@@ -12,11 +12,10 @@ a row that it does see, and their scores are masked.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .fp8_rows import load_codes, put_codes
 from .gluon_compat import struct, tma_load
-from .tiled_gather import gather, gather_slots, piece_of, rows_at, rows_of, slots_of
+from .tiled_gather import gather, gather_slots, piece_of, rows_at, slots_of
 from .tiled_masks import some_row_sees
 from .tiled_schedule import announce, announced, count_blocks, search_at
 from .tiled_work import ROWS, box_at, key_place, tiles_of, value_place
@@ -94,45 +93,18 @@ def load_values(desc, item, tile, head, ring, n, arrivals: gl.constexpr, c):
 
 
 @gluon.jit
-def convert(
-    rows, exists, COLUMN: gl.constexpr, limit: gl.constexpr, columns: gl.constexpr, ring, n, LAYOUT: gl.constexpr, c
-):
-    """``gather`` of an fp8 pool's rows, by pointers to words of four codes; these wait in registers for the slot."""
-    codes = load_codes(rows, exists, COLUMN, columns, limit, LAYOUT)
-    ring.wait_empty(n)
-    put_codes(ring.slot(n), codes, 0, c.FP8, ring.slots.dtype == gl.float16, True)
-    fence_async_shared()
-    mbarrier.arrive(ring.filled(n), count=gl.num_warps() * 32)
-
-
-@gluon.jit
-def words_of(pool, head, slots, stride_head, stride, LAYOUT: gl.constexpr):
-    """Pointers to the rows of ``slots`` in an fp8 pool, as words of four codes."""
-    base = pool.to(gl.pointer_type(gl.int32), bitcast=True) + head.to(gl.int64) * (stride_head // 4)
-    return rows_of(base, slots, stride // 4, LAYOUT)
-
-
-@gluon.jit
 def gather_keys(sources, head, slots, ring, n, LAYOUT: gl.constexpr, c):
     """Keys, whose pool slots lie in shared memory."""
     PADDED: gl.constexpr = c.HEAD_DIM != c.K_COLUMNS * c.K_CHUNKS
-    if c.FP8:
-        own = slots.load(gl.SliceLayout(1, LAYOUT)).to(gl.uint32) // 2
-        rows = words_of(sources.k_pool, head, own, sources.stride_kg, sources.stride_ks, LAYOUT)
-        exists = gl.full([c.BLOCK_N], 1, gl.int1, gl.SliceLayout(1, LAYOUT))
-    else:
-        base = sources.k_pool + head.to(gl.int64) * sources.stride_kg
-        rows = piece_of(base, sources.stride_ks, slots, 0, LAYOUT)
+    base = sources.k_pool + head.to(gl.int64) * sources.stride_kg
+    rows = piece_of(base, sources.stride_ks, slots, 0, LAYOUT)
     for chunk in gl.static_range(c.K_CHUNKS):
         at = n * c.K_CHUNKS + chunk
-        if c.FP8:
-            convert(rows, exists, chunk * c.K_COLUMNS, c.HEAD_DIM, c.K_COLUMNS, ring, at, LAYOUT, c)
-        else:
-            ring.wait_empty(at)
-            gather_slots(
-                base, sources.stride_ks, slots, rows, chunk * c.K_COLUMNS, c.HEAD_DIM, PADDED, ring.slot(at),
-                ring.filled(at), LAYOUT,
-            )  # fmt: skip
+        ring.wait_empty(at)
+        gather_slots(
+            base, sources.stride_ks, slots, rows, chunk * c.K_COLUMNS, c.HEAD_DIM, PADDED, ring.slot(at),
+            ring.filled(at), LAYOUT,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -140,27 +112,19 @@ def gather_values(sources, item, tiles, t, head, slots, ring, n, LAYOUT: gl.cons
     """Tile t's values, whose pool slots lie in shared memory."""
     PADDED: gl.constexpr = c.HEAD_DIM_V != c.BLOCK_DV * c.V_SLICES
     column = item.v_slice * c.BLOCK_DV
+    base = sources.v_pool + head.to(gl.int64) * sources.stride_vg
     if c.MASK_PREFIX:
         exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
-    elif c.FP8:
-        exists = gl.full([c.BLOCK_N], 1, gl.int1, gl.SliceLayout(1, LAYOUT))
-    if c.FP8:
-        own = slots.load(gl.SliceLayout(1, LAYOUT)).to(gl.uint32) // 2
-        rows = words_of(sources.v_pool, head, own, sources.stride_vg, sources.stride_vs, LAYOUT) + column // 4
-        convert(rows, exists, 0, c.HEAD_DIM_V, c.BLOCK_DV, ring, n, LAYOUT, c)
+        rows = rows_at(base, slots.load(gl.SliceLayout(1, LAYOUT)), sources.stride_vs)
+        ring.wait_empty(n)
+        gather(rows, exists, column, c.HEAD_DIM_V, True, True, ring.slot(n), LAYOUT)
+        async_copy.mbarrier_arrive(ring.filled(n), increment_count=False)
     else:
-        base = sources.v_pool + head.to(gl.int64) * sources.stride_vg
-        if c.MASK_PREFIX:
-            rows = rows_at(base, slots.load(gl.SliceLayout(1, LAYOUT)), sources.stride_vs)
-            ring.wait_empty(n)
-            gather(rows, exists, column, c.HEAD_DIM_V, True, True, ring.slot(n), LAYOUT)
-            async_copy.mbarrier_arrive(ring.filled(n), increment_count=False)
-        else:
-            rows = piece_of(base, sources.stride_vs, slots, 0, LAYOUT)
-            ring.wait_empty(n)
-            gather_slots(
-                base, sources.stride_vs, slots, rows, column, c.HEAD_DIM_V, PADDED, ring.slot(n), ring.filled(n), LAYOUT
-            )
+        rows = piece_of(base, sources.stride_vs, slots, 0, LAYOUT)
+        ring.wait_empty(n)
+        gather_slots(
+            base, sources.stride_vs, slots, rows, column, c.HEAD_DIM_V, PADDED, ring.slot(n), ring.filled(n), LAYOUT
+        )
 
 
 @gluon.jit
@@ -191,8 +155,7 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     """K of tile t + 1 goes before V of tile t: that is the order in which consumers ask for them. Slots are looked up
     a tile ahead, one a thread, and go round through shared memory; the next item is found while consumers have the
     first tiles of this one."""
-    # a thread's share of a row: 8 elements of 16 bits, or 8 codes in two words
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2 if c.FP8 else 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     total = count_blocks(call, c)
     n = 0
