@@ -20,8 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..compat import gdc_wait
 from .gluon_compat import reinterpret, sync, tma_load
-from .tiled_epilogue import store, store_part
+from .tiled_epilogue import finish_part, store
 from .tiled_masks import BOTH, NEW, first_key, sees, some_row_sees
 from .tiled_producer import arrived, gather, load_runs, new_rows, no_slots, rows_of, slots_of
 from .tiled_schedule import announce, announced, count_blocks, receive, search_at
@@ -154,6 +155,8 @@ def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, rest, c):
 @gluon.jit
 def consume_latent(WHO: gl.constexpr, call, memory, c):
     """A consumer's partition: items as they come."""
+    if c.PDL:
+        gdc_wait()
     n = 0  # pairs of halves so far
     rest = 0  # key tiles so far
     number = 0  # items with keys so far
@@ -181,7 +184,8 @@ def consume_latent(WHO: gl.constexpr, call, memory, c):
             who, item.split,
         )  # fmt: skip
         if c.SPLIT:
-            store_part(call, half, tiles, item.first, item.head_block, o, m, l, c)
+            if works:
+                finish_part(call, half, tiles, item.first, item.head_block, o, m, l, c)
         else:
             store(WHO, memory, call, half, item.first, item.head_block, o, m, l, c)
             if c.STAGED:  # the place of the queries, which both consumers have read
@@ -308,6 +312,8 @@ def load_apart(sources, item, tiles, t, head, memory, n, ARRIVALS: gl.constexpr,
 def produce_latent(sources, call, memory, ARRIVALS: gl.constexpr, c):
     """Key tiles in the order of the walk; slots and items are looked up ahead as in ``produce`` (tiled_producer.py)."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    if c.PDL:
+        gdc_wait()
     total = count_blocks(call, c)
     n = 0
     rest = 0

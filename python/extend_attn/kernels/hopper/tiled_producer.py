@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from ..compat import gdc_wait
 from .fp8_rows import load_codes, put_codes
 from .gluon_compat import constexpr_function, gather_load, reinterpret, struct, tma_load
 from .tiled_masks import some_row_sees
@@ -293,6 +294,8 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2 if c.FP8 else 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     # of 128 keys, or beside four slots a key, registers do not hold two tiles' slots
     AHEAD: gl.constexpr = c.HAS_POOL and c.BLOCK_N <= 64 and c.K_CHUNKS < 4
+    if c.PDL:
+        gdc_wait()
     total = count_blocks(call, c)
     n = 0
     number = 0

@@ -3,6 +3,7 @@
 Items are in order of falling cost over the whole batch. An item's *level* is the number of blocks of keys that it
 sees; the sequence's last block of rows has the highest. Program p of P takes items p, 2P - 1 - p, 2P + p, ...: rounds
 run to and fro, which evens out what the programs get. Lengths are read on the device, so a graph may change them.
+Where there are no more blocks than programs at most, each takes its own, and nothing is searched.
 
 Where keys and values are more than the L2 holds, heads go in *sections*, one after the other, each with all its items
 in this order: what one level of a section has read the next ones find.
@@ -26,6 +27,12 @@ def _items_a_block(call, c):
     """Items of a block of rows in one section of the heads."""
     SLICES: gl.constexpr = 1 if c.LATENT else c.V_SLICES
     return c.HEAD_BLOCKS * SLICES * call.splits // call.sections
+
+
+@gluon.jit
+def _one_each(call, c):
+    """Whether no program can get a second item, so that any order will do."""
+    return call.batch_size * call.row_blocks * _items_a_block(call, c) * call.sections <= gl.num_programs(0)
 
 
 @gluon.jit
@@ -87,8 +94,11 @@ def _highest(call, c):
 
 @gluon.jit
 def count_blocks(call, c):
-    """Blocks of rows in the whole batch."""
-    return _at_least(1, call, c)
+    """Blocks of rows in the whole batch, if any item is to be searched."""
+    found = 0
+    if not _one_each(call, c):
+        found = _at_least(1, call, c)
+    return found
 
 
 @gluon.jit
@@ -136,24 +146,38 @@ def find_block(rank, total, call, c):
 
 
 @gluon.jit
-def find_item(index, total, call, c):
-    """(item ``index``, where its prefix slots start); ``total`` blocks of rows are in the batch."""
+def find_item(turn, total, call, c):
+    """(the ``turn``-th item of this program, its ``rest``, where its prefix slots start); ``total`` blocks of rows are
+    in the batch."""
     inner = _items_a_block(call, c)
-    size = gl.maximum(total * inner, 1)
-    section = index // size
-    rank = gl.where(section < call.sections, index % size // inner, total)
-    rest = section * inner + index % inner
+    searched = not _one_each(call, c)
+    sequence = gl.to_tensor(0)
+    block = gl.to_tensor(0)
+    rest = gl.to_tensor(0)
+    there = turn == 0
+    if searched:
+        index = item_index(turn, total, call, c)
+        size = gl.maximum(total * inner, 1)
+        section = index // size
+        rank = index % size // inner
+        rest = section * inner + index % inner
+        there = (section < call.sections) & (rank < total)
+        if there:
+            if call.batch_size == 1:
+                block = total - 1 - rank
+            else:
+                sequence, block = find_block(rank, total, call, c)
+    else:
+        inner = inner * call.sections
+        block = gl.program_id(0) // inner
+        rest = gl.program_id(0) % inner
+        sequence = block // call.row_blocks
+        block = block % call.row_blocks
     kv_start = gl.to_tensor(0).to(gl.int64)
     prefix_len = gl.to_tensor(0)
     q_start = gl.to_tensor(0)
     extend_len = gl.to_tensor(0)
-    sequence = gl.to_tensor(0)
-    block = gl.to_tensor(0)
-    if rank < total:
-        if call.batch_size == 1:
-            block = total - 1 - rank
-        else:
-            sequence, block = find_block(rank, total, call, c)
+    if there:
         q_start = gl.load(call.qo_indptr + sequence).to(gl.int32)
         extend_len = gl.load(call.qo_indptr + sequence + 1).to(gl.int32) - q_start
         if c.HAS_POOL:
@@ -162,11 +186,12 @@ def find_item(index, total, call, c):
                 prefix_len = gl.load(call.prefix_lens + sequence).to(gl.int32)
             else:
                 prefix_len = (gl.load(call.kv_indptr + sequence + 1).to(gl.int64) - kv_start).to(gl.int32)
-            if call.batch_size > 1:  # its level counts the prefix too
+            if searched & (call.batch_size > 1):  # its level counts the prefix too
                 before = prefix_len
                 if c.WINDOW:
                     before = gl.minimum(before, call.window)
                 block -= before // c.TOKENS
+        extend_len = gl.where(block * c.TOKENS < extend_len, extend_len, 0)
     return item_of(sequence, block, q_start, extend_len, prefix_len, rest, call, c), rest, kv_start
 
 
@@ -211,8 +236,7 @@ def publish(board, item, rest, kv_start, number):
 @gluon.jit
 def announce(board, turn, total, call, c):
     """Finds the program's ``turn``-th item and tells the consumers."""
-    index = item_index(turn, total, call, c)
-    item, rest, kv_start = find_item(index, total, call, c)
+    item, rest, kv_start = find_item(turn, total, call, c)
     publish(board, item, rest, kv_start, turn)
 
 

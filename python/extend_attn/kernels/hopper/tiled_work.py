@@ -21,10 +21,10 @@ class Shape:
     of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns, or, if
     LATENT, where values are the first columns of keys, consumers (tiled_latent.py); APART: those of new tokens are not.
     QUERIES: query tiles a consumer, this item's and the next one's if there are two. ONE_RING: keys and values share a
-    ring. STAGED: the output leaves through the query's place. SPLIT: items that share a block's keys. GATHERS: rows
-    come by asynchronous copies, which consumers must fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py
-    calls the pool's codes. BY_POSITION: the window goes by ``q_positions``. SLACK: see weigh. UNSEEN: a row may see no
-    key of an item. S, O, P: the layouts of a consumer's logits, accumulator, weights.
+    ring. STAGED: the output leaves through the query's place. SPLIT: items that share a block's keys. PDL: the kernel
+    ahead may still run. GATHERS: rows come by asynchronous copies, which consumers must fence off, or, with RUNS, by
+    TMA. FP8: 0, or what fp8_rows.py calls the pool's codes. BY_POSITION: the window goes by ``q_positions``. SLACK: see
+    weigh. UNSEEN: a row may see no key of an item. S, O, P: the layouts of a consumer's logits, accumulator, weights.
     """
 
     NUM_HEADS: gl.constexpr
@@ -45,6 +45,7 @@ class Shape:
     LATENT: gl.constexpr
     APART: gl.constexpr
     SPLIT: gl.constexpr
+    PDL: gl.constexpr
     HAS_POOL: gl.constexpr
     GATHERS: gl.constexpr
     UNIFIED: gl.constexpr
@@ -73,13 +74,15 @@ class Shape:
 @struct
 class Call:
     """A call's arrays and numbers as in ``Inputs`` and recipe.scalars; ``row_blocks`` of TOKENS tokens a sequence at
-    most. The workspaces of splits are laid out as kernels/combine.py reads them."""
+    most; ``arrivals`` and ``patience`` as in merge.py."""
 
     o_desc: tma.tensor_descriptor
     o: gl.tensor
     lse: gl.tensor
     partial: gl.tensor
     partial_ml: gl.tensor
+    arrivals: gl.tensor
+    patience: gl.tensor
     qo_indptr: gl.tensor
     kv_indptr: gl.tensor
     prefix_lens: gl.tensor
@@ -146,8 +149,8 @@ class Tiles:
     """The key tiles that some row of an item sees: new tokens [new_lo, new_hi), prefix [pool_lo, pool_hi).
 
     Both are walked downwards, new ones first: tile t is new tile ``new_hi`` - 1 - t for t < ``new_tiles``, then prefix
-    tile ``pool_hi`` - 1 - (t - ``new_tiles``). The item takes ``begin`` <= t < ``end``, a split's share. ``pool_first``
-    is the first prefix key that some row sees.
+    tile ``pool_hi`` - 1 - (t - ``new_tiles``). The item takes ``begin`` <= t < ``end``, a split's share, of ``parts``
+    that have any. ``pool_first`` is the first prefix key that some row sees.
     """
 
     new_lo: gl.tensor
@@ -158,6 +161,7 @@ class Tiles:
     pool_first: gl.tensor
     begin: gl.tensor
     end: gl.tensor
+    parts: gl.tensor
 
 
 @struct
@@ -212,11 +216,13 @@ def tiles_of(item, call, c):
     new_tiles = new_hi - new_lo
     begin = gl.to_tensor(0)
     end = new_tiles + pool_hi - pool_lo
+    parts = gl.to_tensor(1)
     if c.SPLIT:
         share = gl.maximum(gl.cdiv(end, call.splits), MIN_SPLIT_TILES)
+        parts = gl.cdiv(end, share)
         begin = gl.minimum(item.split * share, end)
         end = gl.minimum(begin + share, end)
-    return Tiles(new_lo, new_hi, new_tiles, pool_lo, pool_hi, pool_first, begin, end)
+    return Tiles(new_lo, new_hi, new_tiles, pool_lo, pool_hi, pool_first, begin, end, parts)
 
 
 RAGGED: gl.constexpr = gl.constexpr(1 << 30)  # rows of a ragged descriptor's last-but-two dimension
