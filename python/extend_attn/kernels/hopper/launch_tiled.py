@@ -27,6 +27,7 @@ from ..recipe import Recipe, features, kernel, scalars, strides
 from ..workspace import Workspace
 from .launch_packed import FP8_CODES, PATIENCE, codes_of, mask_bytes, multiprocessors
 from .tiled import tiled_kernel
+from .tiled_work import ROW_BLOCKS_MAX
 
 # Registers a thread of (consumers, producer): what setmaxnreg divides the 168 of a launch with 12 warps into. TMA and a
 # gather take 40, with 24 TMA spills between loads; a gather takes 56 where keys are split (one_chunk 93 us with 40, 76
@@ -51,8 +52,11 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     staged = staged and inputs.o.dtype == inputs.q.dtype
     stages = RING_SLOTS if one_ring else plan.tile.num_stages
     row_blocks = -(-problem.max_len_extend // (ROWS if one_tile else 2 * ROWS))
-    items = row_blocks * problem.batch_size * problem.num_q_heads // heads * plan.split_kv
+    items = row_blocks * problem.batch_size * problem.num_q_heads // heads
     items *= 1 if latent(problem) else slices
+    programs = multiprocessors(inputs.q.device)
+    split = plan.split_kv > 1 and items <= programs and problem.sliding_window <= 0
+    split = split and row_blocks * problem.batch_size <= ROW_BLOCKS_MAX.value
     on = features(inputs, problem)
     on["CAUSAL"] = on["CAUSAL"] and not on["MASK"]
     gather = on["HAS_POOL"] or on["MASK"]
@@ -60,7 +64,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     registers = PRODUCER_REGISTERS
     if fp8 or on["MASK"]:
         registers = FP8_REGISTERS
-    elif gather and plan.split_kv > 1 and plan.tile.block_n <= 64 and not latent(problem):
+    elif gather and split and plan.tile.block_n <= 64 and not latent(problem):
         registers = SPLIT_GATHER_REGISTERS
     constants: Dict[str, Any] = dict(
         NUM_HEADS=problem.num_q_heads,
@@ -80,7 +84,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         STAGED=staged,
         LATENT=latent(problem),
         APART=latent(problem) and not (problem.unified or problem.v_aliases_k_new),
-        SPLIT=plan.split_kv > 1,
+        SPLIT=split,
         PDL=plan.pdl,
         HAS_POOL=on["HAS_POOL"],
         UNIFIED=problem.unified,
@@ -91,15 +95,13 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         PRODUCER_REGISTERS=registers[1],
         PRODUCER_WARPS=PRODUCER_WARPS if gather else 1,
     )
-    programs = multiprocessors(inputs.q.device)
-    patience = PATIENCE if items <= programs else 0
     numbers = (
-        *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.v_new), *strides(inputs.o), patience,
+        *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.v_new), *strides(inputs.o), PATIENCE,
         problem.batch_size, row_blocks, plan.split_kv, tiled_sections(problem, items), *scalars(inputs),
     )  # fmt: skip
     tiled = kernel(
         tiled_kernel,
-        min(items, programs),
+        programs if split else min(items, programs),
         numbers,
         constants,
         num_warps=4,
@@ -114,7 +116,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     if on["HAS_POOL"] and latent(problem) and not on["MASK_PREFIX"]:  # elsewhere copies are as fast
         runs = keys, PANEL
     tensors = functools.partial(_tensors, boxes, runs)
-    if plan.split_kv == 1:
+    if not split:
         return Recipe((tiled,), tensors)
     tiles = row_blocks * (1 if one_tile else 2) * problem.batch_size * problem.num_q_heads * slices
     rows = tiles * plan.split_kv * ROWS

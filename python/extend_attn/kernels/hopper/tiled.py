@@ -157,9 +157,8 @@ def consume(WHO: gl.constexpr, call, memory, c):
     if c.PDL:
         gdc_wait()
     n = 0  # key tiles so far
-    number = 0  # items with keys so far
-    turn = 0
-    item = receive(memory.board, turn, call, c)
+    number = 0  # items so far
+    item = receive(memory.board, number, c)
     while item.extend_len != 0:
         tiles = tiles_of(item, call, c)
         row0 = item.first
@@ -168,21 +167,18 @@ def consume(WHO: gl.constexpr, call, memory, c):
             head += WHO
         else:
             row0 += WHO * ROWS
-        if not c.SPLIT:
-            o, m, l = attend(WHO, memory, call, item, tiles, row0, n - tiles.begin, number, c)
+        o, m, l = attend(WHO, memory, call, item, tiles, row0, n - tiles.begin, number, c)
+        if c.SPLIT:
+            finish_part(call, item, row0, head, o, m, l, c)
+        else:
             query = number % c.QUERIES * 2 + WHO
             store(query, memory, call, item, row0, head, o, m, l, c)
             if c.STAGED and c.QUERIES == 1:
                 tma.store_wait(0)
                 mbarrier.arrive(memory.q_empty.index(query), count=1)
-            number += 1
-        elif tiles.begin < tiles.end:
-            o, m, l = attend(WHO, memory, call, item, tiles, row0, n - tiles.begin, number, c)
-            finish_part(call, item, tiles, row0, head, o, m, l, c)
-            number += 1
         n += tiles.end - tiles.begin
-        turn += 1
-        item = receive(memory.board, turn, call, c)
+        number += 1
+        item = receive(memory.board, number, c)
     if c.STAGED:
         tma.store_wait(0)
 
@@ -230,7 +226,7 @@ def tiled_kernel(
         NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 or LATENT else 2 * ROWS, HEAD_DIM, HEAD_DIM_V,
         BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, QUERIES, ONE_RING, STAGED, LATENT,
         APART, SPLIT, PDL, HAS_POOL, (HAS_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW, MASK,
-        MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK or (WINDOW and SPLIT), OFFSETS, LSE,
+        MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK, OFFSETS, LSE,
         V_SCALED, NEGATE, 0.0 if V_SCALED and q_desc.dtype == gl.float16 else SLACK,
         gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]), O, gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip

@@ -68,7 +68,7 @@ OF_PAIR, OF_SOME = gl.constexpr(4096), gl.constexpr(2048)
 
 
 @gluon.jit
-def finish_part(call, item, tiles, row0, head, o, m, l, c):
+def finish_part(call, item, row0, head, o, m, l, c):
     """A split's accumulator, maxima, sums in tiles of 64 tokens of one head and slice of values; then this consumer's
     share of the merge (merge.py)."""
     BLOCKS: gl.constexpr = c.TOKENS // ROWS
@@ -76,7 +76,7 @@ def finish_part(call, item, tiles, row0, head, o, m, l, c):
     tile = (item.sequence * call.row_blocks * BLOCKS + block) * c.NUM_HEADS + head
     tile = tile * c.V_SLICES + item.v_slice
     first = tile.to(gl.int64) * call.splits
-    slot = first + item.split
+    slot = first + item.part.number
     r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, c.S))
     gl.store(call.partial_ml + slot * (2 * ROWS) + r, m)
     gl.store(call.partial_ml + slot * (2 * ROWS) + ROWS + r, l)
@@ -84,12 +84,12 @@ def finish_part(call, item, tiles, row0, head, o, m, l, c):
     column = gl.arange(0, c.BLOCK_DV, layout=gl.SliceLayout(0, c.O))
     pointers = call.partial + (slot * ROWS + r)[:, None] * c.BLOCK_DV + column[None, :]
     gl.store(pointers, o, mask=(row0 + r < item.extend_len)[:, None] & (column >= 0)[None, :])
-    begin, step = arrive(call.arrivals + tile, item.split, tiles.parts, call.patience, False)
+    begin, step = arrive(call.arrivals + tile, item.part.number, item.part.parts, item.part.patience, False)
     if step > 0:
-        if tiles.parts <= PAIR:
-            _merge(call, item, tiles.parts, first, row0, head, begin, step, PAIR, OF_PAIR, c)
+        if item.part.parts <= PAIR:
+            _merge(call, item, item.part.parts, first, row0, head, begin, step, PAIR, OF_PAIR, c)
         else:
-            _merge(call, item, tiles.parts, first, row0, head, begin, step, SOME, OF_SOME, c)
+            _merge(call, item, item.part.parts, first, row0, head, begin, step, SOME, OF_SOME, c)
 
 
 @gluon.jit

@@ -18,7 +18,7 @@ from ..compat import gdc_wait
 from .fp8_rows import load_codes, put_codes
 from .gluon_compat import constexpr_function, gather_load, reinterpret, struct, tma_load
 from .tiled_masks import some_row_sees
-from .tiled_schedule import announce, announced, count_blocks, search_at
+from .tiled_schedule import agenda_of, announce, announced, search_at
 from .tiled_work import ROWS, box_at, key_place, tiles_of, value_place
 
 
@@ -296,15 +296,13 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     AHEAD: gl.constexpr = c.HAS_POOL and c.BLOCK_N <= 64 and c.K_CHUNKS < 4
     if c.PDL:
         gdc_wait()
-    total = count_blocks(call, c)
+    agenda = agenda_of(call, c)
     n = 0
     number = 0
-    turn = 0
-    announce(memory.board, turn, total, call, c)
-    item, kv_start = announced(memory.board, turn, call, c)
+    agenda = announce(memory.board, agenda, call, c)
+    item, kv_start = announced(memory.board, number, c)
     while item.extend_len != 0:
         tiles = tiles_of(item, call, c)
-        works = tiles.begin < tiles.end
         head = item.head_block * c.HEADS // c.GROUP
         kv_indices = sources.kv_indices + kv_start
         slots = no_slots(c)
@@ -312,8 +310,7 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
         if AHEAD:
             ahead = slots_of(kv_indices, item, tiles, tiles.begin, c)
         if c.QUERIES > 1:
-            if works:
-                load_query(sources.q, item, memory, number, c)
+            load_query(sources.q, item, memory, number, c)
         for t in range(tiles.begin, tiles.end + 1):
             keys_at = key_place(n, t, tiles, c)
             values_at = value_place(n - 1, t - 1, tiles, c)
@@ -330,8 +327,7 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
                     gather_keys(sources, head, following, memory.k_ring, keys_at, LAYOUT, c)
             if t == tiles.begin:
                 if c.QUERIES == 1:
-                    if works:
-                        load_query(sources.q, item, memory, number, c)
+                    load_query(sources.q, item, memory, number, c)
             elif (not c.UNIFIED) and t <= tiles.new_tiles:
                 new_values(sources, item, tiles, t - 1, head, memory.v_ring, values_at, ARRIVALS, call, c)
             elif c.HAS_POOL:
@@ -339,10 +335,9 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
                     sources, item, tiles, t - 1, head, slots, memory.v_ring, values_at, LAYOUT, call, c
                 )  # fmt: skip
             if t == search_at(tiles):
-                announce(memory.board, turn + 1, total, call, c)
+                agenda = announce(memory.board, agenda, call, c)
             slots = following
             n += 1
         n -= 1
-        number += works.to(gl.int32)
-        turn += 1
-        item, kv_start = announced(memory.board, turn, call, c)
+        number += 1
+        item, kv_start = announced(memory.board, number, c)

@@ -3,7 +3,8 @@
 Items are in order of falling cost over the whole batch. An item's *level* is the number of blocks of keys that it
 sees; the sequence's last block of rows has the highest. Program p of P takes items p, 2P - 1 - p, 2P + p, ...: rounds
 run to and fro, which evens out what the programs get. Lengths are read on the device, so a graph may change them.
-Where there are no more blocks than programs at most, each takes its own, and nothing is searched.
+Where there are no more items than programs at most, each takes its own, and nothing is searched; tiled_shares.py says
+how programs without one help out.
 
 Where keys and values are more than the L2 holds, heads go in *sections*, one after the other, each with all its items
 in this order: what one level of a section has read the next ones find.
@@ -15,10 +16,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .tiled_work import Item
+from .gluon_compat import struct
+from .tiled_shares import Shares, cut, next_part
+from .tiled_work import Item, Part, whole
 
 CHUNK = gl.constexpr(128)  # sequences looked at in one step
-FIELDS = gl.constexpr(8)  # words a message
+FIELDS = gl.constexpr(16)  # words a message, a power of two
 MESSAGES = gl.constexpr(2)
 
 
@@ -26,13 +29,13 @@ MESSAGES = gl.constexpr(2)
 def _items_a_block(call, c):
     """Items of a block of rows in one section of the heads."""
     SLICES: gl.constexpr = 1 if c.LATENT else c.V_SLICES
-    return c.HEAD_BLOCKS * SLICES * call.splits // call.sections
+    return c.HEAD_BLOCKS * SLICES // call.sections
 
 
 @gluon.jit
-def _one_each(call, c):
-    """Whether no program can get a second item, so that any order will do."""
-    return call.batch_size * call.row_blocks * _items_a_block(call, c) * call.sections <= gl.num_programs(0)
+def _searches(call, c):
+    """Whether a program can get a second item; any order will do otherwise."""
+    return call.batch_size * call.row_blocks * _items_a_block(call, c) * call.sections > gl.num_programs(0)
 
 
 @gluon.jit
@@ -92,13 +95,26 @@ def _highest(call, c):
     return highest
 
 
+@struct
+class Agenda:
+    """What the producer keeps from item to item: how many it has had, how many blocks of rows are in the batch if it
+    searches, how items are cut if they are SPLIT."""
+
+    turn: gl.tensor
+    total: gl.tensor
+    shares: Shares
+
+
 @gluon.jit
-def count_blocks(call, c):
-    """Blocks of rows in the whole batch, if any item is to be searched."""
-    found = 0
-    if not _one_each(call, c):
-        found = _at_least(1, call, c)
-    return found
+def agenda_of(call, c):
+    total = gl.to_tensor(0)
+    zero = gl.to_tensor(0)
+    shares = Shares(zero, zero, zero)
+    if c.SPLIT:
+        shares = cut(_items_a_block(call, c), call, c)
+    elif _searches(call, c):
+        total = _at_least(1, call, c)
+    return Agenda(zero, total, shares)
 
 
 @gluon.jit
@@ -146,17 +162,21 @@ def find_block(rank, total, call, c):
 
 
 @gluon.jit
-def find_item(turn, total, call, c):
-    """(the ``turn``-th item of this program, its ``rest``, where its prefix slots start); ``total`` blocks of rows are
-    in the batch."""
+def find_item(agenda, call, c):
+    """(the next item of this program, its ``rest``, where its prefix slots start, the Agenda after it)."""
     inner = _items_a_block(call, c)
-    searched = not _one_each(call, c)
+    total = agenda.total
+    shares = agenda.shares
+    part = whole()
     sequence = gl.to_tensor(0)
     block = gl.to_tensor(0)
     rest = gl.to_tensor(0)
-    there = turn == 0
-    if searched:
-        index = item_index(turn, total, call, c)
+    there = agenda.turn == 0
+    levels = 0  # whether a block is a level, which counts the prefix too
+    if c.SPLIT:
+        block, rest, part, there, shares = next_part(shares, inner, call, c)
+    elif _searches(call, c):
+        index = item_index(agenda.turn, total, call, c)
         size = gl.maximum(total * inner, 1)
         section = index // size
         rank = index % size // inner
@@ -167,10 +187,14 @@ def find_item(turn, total, call, c):
                 block = total - 1 - rank
             else:
                 sequence, block = find_block(rank, total, call, c)
+                levels = 1
     else:
         inner = inner * call.sections
         block = gl.program_id(0) // inner
         rest = gl.program_id(0) % inner
+        sequence = block // call.row_blocks
+        block = block % call.row_blocks
+    if c.SPLIT:
         sequence = block // call.row_blocks
         block = block % call.row_blocks
     kv_start = gl.to_tensor(0).to(gl.int64)
@@ -186,23 +210,24 @@ def find_item(turn, total, call, c):
                 prefix_len = gl.load(call.prefix_lens + sequence).to(gl.int32)
             else:
                 prefix_len = (gl.load(call.kv_indptr + sequence + 1).to(gl.int64) - kv_start).to(gl.int32)
-            if searched & (call.batch_size > 1):  # its level counts the prefix too
+            if levels > 0:
                 before = prefix_len
                 if c.WINDOW:
                     before = gl.minimum(before, call.window)
                 block -= before // c.TOKENS
         extend_len = gl.where(block * c.TOKENS < extend_len, extend_len, 0)
-    return item_of(sequence, block, q_start, extend_len, prefix_len, rest, call, c), rest, kv_start
+    item = item_of(sequence, block, q_start, extend_len, prefix_len, rest, part, c)
+    return item, rest, kv_start, Agenda(agenda.turn + 1, total, shares)
 
 
 @gluon.jit
-def item_of(sequence, block, q_start, extend_len, prefix_len, rest, call, c):
-    """``rest`` counts head blocks, splits and value slices, the last fastest: neighbours read the same keys."""
+def item_of(sequence, block, q_start, extend_len, prefix_len, rest, part, c):
+    """``rest`` counts head blocks and value slices, the last fastest: neighbours read the same keys."""
     SLICES: gl.constexpr = 1 if c.LATENT else c.V_SLICES
-    v_slice = rest % SLICES
-    split = rest // SLICES % call.splits
-    head_block = rest // SLICES // call.splits
-    return Item(sequence, block, block * c.TOKENS, q_start, extend_len, prefix_len, head_block, v_slice, split)
+    first = block * c.TOKENS
+    return Item(
+        sequence, block, first, q_start, extend_len, prefix_len, rest // SLICES, rest % SLICES, part
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -218,7 +243,7 @@ def _get(board, at):
 
 
 @gluon.jit
-def publish(board, item, rest, kv_start, number):
+def publish(board, item, rest, kv_start, number, c):
     """Tells the consumers the producer's ``number``-th item."""
     board.wait_empty(number)
     at = number % MESSAGES * FIELDS
@@ -230,47 +255,60 @@ def publish(board, item, rest, kv_start, number):
     _put(board.slots, at + 5, rest)
     _put(board.slots, at + 6, kv_start.to(gl.int32))
     _put(board.slots, at + 7, (kv_start >> 32).to(gl.int32))
+    if c.SPLIT:
+        _put(board.slots, at + 8, item.part.begin)
+        _put(board.slots, at + 9, item.part.end)
+        _put(board.slots, at + 10, item.part.number)
+        _put(board.slots, at + 11, item.part.parts)
+        _put(board.slots, at + 12, item.part.patience)
     mbarrier.arrive(board.filled(number), count=1)
 
 
 @gluon.jit
-def announce(board, turn, total, call, c):
-    """Finds the program's ``turn``-th item and tells the consumers."""
-    item, rest, kv_start = find_item(turn, total, call, c)
-    publish(board, item, rest, kv_start, turn)
+def announce(board, agenda, call, c):
+    """Finds the program's next item and tells the consumers; the Agenda after it."""
+    item, rest, kv_start, after = find_item(agenda, call, c)
+    publish(board, item, rest, kv_start, agenda.turn, c)
+    return after
 
 
 @gluon.jit
 def search_at(tiles):
-    """The step of an item's loop in which the producer finds the next one: the ring is full, or there is nothing to
-    load."""
-    return gl.where(tiles.begin < tiles.end, tiles.begin + 1, tiles.begin)
+    """The step of an item's loop in which the producer finds the next one: the ring is full."""
+    return tiles.begin + 1
 
 
 @gluon.jit
-def announced(board, turn, call, c):
-    """(item, where its prefix slots start) as the producer told; it reads its own words, and waits for nothing."""
+def announced(board, turn, c):
+    """(item ``turn``, where its prefix slots start) as the producer told; it reads its own words, and waits for
+    nothing."""
     at = turn % MESSAGES * FIELDS
     low = _get(board.slots, at + 6).to(gl.uint32, bitcast=True).to(gl.int64)
     high = _get(board.slots, at + 7).to(gl.int64)
-    return _read(board, at, call, c), (high << 32) + low
+    return _read(board, at, c), (high << 32) + low
 
 
 @gluon.jit
-def receive(board, turn, call, c):
+def receive(board, turn, c):
     """A consumer's ``turn``-th item."""
     board.wait_full(turn)
-    item = _read(board, turn % MESSAGES * FIELDS, call, c)
+    item = _read(board, turn % MESSAGES * FIELDS, c)
     board.release(turn)
     return item
 
 
 @gluon.jit
-def _read(board, at, call, c):
+def _read(board, at, c):
     sequence = _get(board.slots, at)
     block = _get(board.slots, at + 1)
     q_start = _get(board.slots, at + 2)
     extend_len = _get(board.slots, at + 3)
     prefix_len = _get(board.slots, at + 4)
     rest = _get(board.slots, at + 5)
-    return item_of(sequence, block, q_start, extend_len, prefix_len, rest, call, c)
+    part = whole()
+    if c.SPLIT:
+        part = Part(
+            _get(board.slots, at + 8), _get(board.slots, at + 9), _get(board.slots, at + 10),
+            _get(board.slots, at + 11), _get(board.slots, at + 12),
+        )  # fmt: skip
+    return item_of(sequence, block, q_start, extend_len, prefix_len, rest, part, c)

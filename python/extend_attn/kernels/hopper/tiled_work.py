@@ -10,7 +10,7 @@ from .gluon_compat import struct
 from .ring import Ring
 
 ROWS: gl.constexpr = gl.constexpr(64)  # query rows of a consumer: one warpgroup product is that high
-MIN_SPLIT_TILES: gl.constexpr = gl.constexpr(4)  # key tiles from which a split is worth its partial result
+ROW_BLOCKS_MAX: gl.constexpr = gl.constexpr(128)  # of a batch whose items are split
 
 
 @struct
@@ -127,10 +127,23 @@ class Memory:
 
 
 @struct
+class Part:
+    """Key tiles [begin, end) of an item, part ``number`` of ``parts``; ``patience``: whether to wait for the others, as
+    in merge.py."""
+
+    begin: gl.tensor
+    end: gl.tensor
+    number: gl.tensor
+    parts: gl.tensor
+    patience: gl.tensor
+
+
+@struct
 class Item:
     """Tokens ``first``.. of a sequence (TOKENS of them, its block ``block``) for one block of heads.
 
-    ``q_start`` is where the sequence's rows start. An item of a sequence without tokens says that there are no more.
+    ``q_start`` is where the sequence's rows start; ``part``: which keys, where items are SPLIT. An item of a sequence
+    without tokens says that there are no more; all others have keys.
     """
 
     sequence: gl.tensor
@@ -141,7 +154,7 @@ class Item:
     prefix_len: gl.tensor
     head_block: gl.tensor
     v_slice: gl.tensor
-    split: gl.tensor
+    part: Part
 
 
 @struct
@@ -149,8 +162,8 @@ class Tiles:
     """The key tiles that some row of an item sees: new tokens [new_lo, new_hi), prefix [pool_lo, pool_hi).
 
     Both are walked downwards, new ones first: tile t is new tile ``new_hi`` - 1 - t for t < ``new_tiles``, then prefix
-    tile ``pool_hi`` - 1 - (t - ``new_tiles``). The item takes ``begin`` <= t < ``end``, a split's share, of ``parts``
-    that have any. ``pool_first`` is the first prefix key that some row sees.
+    tile ``pool_hi`` - 1 - (t - ``new_tiles``). The item takes ``begin`` <= t < ``end``, all or its part. ``pool_first``
+    is the first prefix key that some row sees.
     """
 
     new_lo: gl.tensor
@@ -161,7 +174,6 @@ class Tiles:
     pool_first: gl.tensor
     begin: gl.tensor
     end: gl.tensor
-    parts: gl.tensor
 
 
 @struct
@@ -174,6 +186,12 @@ class Place:
     stop_new: gl.tensor
     start_pool: gl.tensor
     stop_pool: gl.tensor
+
+
+@gluon.jit
+def whole():
+    """An item's only part, where nothing is split."""
+    return Part(gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(0))
 
 
 @gluon.jit
@@ -216,13 +234,10 @@ def tiles_of(item, call, c):
     new_tiles = new_hi - new_lo
     begin = gl.to_tensor(0)
     end = new_tiles + pool_hi - pool_lo
-    parts = gl.to_tensor(1)
     if c.SPLIT:
-        share = gl.maximum(gl.cdiv(end, call.splits), MIN_SPLIT_TILES)
-        parts = gl.cdiv(end, share)
-        begin = gl.minimum(item.split * share, end)
-        end = gl.minimum(begin + share, end)
-    return Tiles(new_lo, new_hi, new_tiles, pool_lo, pool_hi, pool_first, begin, end, parts)
+        begin = item.part.begin
+        end = item.part.end
+    return Tiles(new_lo, new_hi, new_tiles, pool_lo, pool_hi, pool_first, begin, end)
 
 
 RAGGED: gl.constexpr = gl.constexpr(1 << 30)  # rows of a ragged descriptor's last-but-two dimension
