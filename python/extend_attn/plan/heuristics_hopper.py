@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Optional, Tuple
 
 from ..problem import ELEMENT_SIZE, Problem, bucket
@@ -15,7 +16,16 @@ from .legality_hopper import (
     packed_held,
     packed_held_max,
 )
-from .legality_hopper_tiled import ROWS, latent, shares_ring, tiled_blocks, tiled_rows, v_is_k
+from .legality_hopper_tiled import (
+    ROWS,
+    latent,
+    shares_ring,
+    tiled_blocks,
+    tiled_items,
+    tiled_rows,
+    tiled_whole,
+    v_is_k,
+)
 from .tile import BLOCK_M_MIN, BLOCK_MIN, STAGES_MAX, Plan, Tile
 
 # Families that passed the contract tests on a GPU and were faster there than the plain ones; no other is a default.
@@ -68,9 +78,8 @@ MIN_SPLIT_KEYS, MIN_SPLIT_KEYS_FEW, SPLITS_FEW = 512, 128, 8
 # on an H200 in one, 7.9 in 2; 493 take 7.6, 6.6 in 2 and 5.4 in 4.
 SPLIT_GAIN_KEYS = 320
 SPLIT_MAX = 64
-# Of hopper_tiled, whose parts are whole blocks of rows: 1000 new tokens in 3 splits of 5 tiles take 39 us on an H100,
-# 27 in one; 512 after 8192 take 115 in 5 splits of 27, 196 in one.
-MIN_SPLIT_TILES, TILED_SPLIT_MAX = 16, 16
+# Of hopper_tiled: a program's least share of keys, and what must come off the longest block to pay for a merge.
+MIN_SPLIT_TILES, SPLIT_GAIN_TILES, TILED_SPLIT_MAX = 4, 4, 16
 # From this many new tokens on hopper_tiled takes two heads of a group over 64 tokens rather than 128 tokens of one:
 # 383 against 390 us for 8192 tokens on an H100. So it does up to 64 new tokens, where the other consumer would have
 # none (234 against 379 us for 32 behind 8000, 16 sequences, groups of 4), up to 256, of which the second block of 128
@@ -237,14 +246,16 @@ def _pairs(problem: Problem) -> bool:
 
 
 def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool) -> int:
-    """Programs that share the keys of a block of rows: one if blocks fill the GPU, or a window makes them short."""
-    if problem.sliding_window > 0:
+    """Parts of one block's keys at most: one, unless programs without a block of their own can take much of the
+    longest one's (kernels/hopper/tiled_shares.py)."""
+    heads, tokens = (2, ROWS) if pack else (1, tiled_rows(problem))
+    if tiled_whole(problem, device.sm_count, heads, tokens):
         return 1
-    tokens = ROWS if pack else tiled_rows(problem)
     blocks = -(-problem.max_len_extend // tokens)
-    slices = 1 if latent(problem) else tiled_blocks(problem)[3]
-    items = max(problem.batch_size, 1) * blocks * slices * problem.num_q_heads // (2 if pack else 1)
-    most_tiles = -(-(problem.prefix_hint + problem.max_len_extend) // block_n)
-    if items >= FULL_WAVE * device.sm_count or items == 0:
+    prefix = -(-problem.prefix_hint // block_n)
+    longest = prefix + -(-problem.max_len_extend // block_n)
+    mean = prefix + (blocks + 1) * tokens / (2 * block_n) if problem.is_causal else longest
+    share = max(math.ceil(mean * tiled_items(problem, heads, tokens) / device.sm_count), MIN_SPLIT_TILES)
+    if longest < share + SPLIT_GAIN_TILES:
         return 1
-    return max(1, min(device.sm_count // items, most_tiles // MIN_SPLIT_TILES, TILED_SPLIT_MAX))
+    return min(-(-longest // share) + 1, TILED_SPLIT_MAX)

@@ -18,6 +18,7 @@ LATENT_VALUES, LATENT_REST = 512, 64  # columns of a latent key that are its val
 HELD_MAX = 176  # registers that hold logits, weights and accumulator, of 232 to 240: with more the loops spill
 MASK_KEYS_MAX = 64  # keys of a tile: a mask's bytes take a register each from load to use
 FP8_HEAD_DIM_MAX = 256
+SPLIT_BLOCKS_MAX = 128  # blocks of rows of a batch whose items are split: tiled_shares.py looks at all of them at once
 RING_SLOTS = 3  # of one ring for keys and values: two in use, one on its way
 SHARED_MEMORY = 232448  # bytes of a block on sm_90
 # Bytes of 50 MB of L2, and items (multiprocessors): 16 chunks of 1024 at head dim 256 take 144 us in one section on an
@@ -55,6 +56,20 @@ def tiled_blocks(problem: Problem) -> Tuple[int, int, int, int]:
 def tiled_rows(problem: Problem) -> int:
     """Query rows of a program."""
     return ROWS if latent(problem) else 2 * ROWS
+
+
+def tiled_items(problem: Problem, heads: int, tokens: int) -> int:
+    """Work items at most: blocks of so many tokens of so many query heads, times slices of values."""
+    blocks = max(problem.batch_size, 1) * -(-problem.max_len_extend // tokens)
+    slices = 1 if latent(problem) else tiled_blocks(problem)[3]
+    return blocks * problem.num_q_heads // heads * slices
+
+
+def tiled_whole(problem: Problem, programs: int, heads: int, tokens: int) -> bool:
+    """Whether items are not split, whatever a plan's ``split_kv``: there may be more than programs, or a window makes
+    them short."""
+    blocks = problem.batch_size * -(-problem.max_len_extend // tokens)
+    return problem.sliding_window > 0 or blocks > SPLIT_BLOCKS_MAX or tiled_items(problem, heads, tokens) > programs
 
 
 def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:

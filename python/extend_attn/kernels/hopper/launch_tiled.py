@@ -17,8 +17,10 @@ from ...plan.legality_hopper_tiled import (
     latent,
     shares_ring,
     tiled_blocks,
+    tiled_items,
     tiled_queries,
     tiled_sections,
+    tiled_whole,
 )
 from ...plan.tile import Plan
 from ...problem import Problem
@@ -27,7 +29,6 @@ from ..recipe import Recipe, features, kernel, scalars, strides
 from ..workspace import Workspace
 from .launch_packed import FP8_CODES, PATIENCE, codes_of, mask_bytes, multiprocessors
 from .tiled import tiled_kernel
-from .tiled_work import ROW_BLOCKS_MAX
 
 # Registers a thread of (consumers, producer): what setmaxnreg divides the 168 of a launch with 12 warps into. TMA and a
 # gather take 40, with 24 TMA spills between loads; a gather takes 56 where keys are split (one_chunk 93 us with 40, 76
@@ -51,12 +52,11 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     staged = (queries > 1 or slices > 1) and plan.split_kv == 1
     staged = staged and inputs.o.dtype == inputs.q.dtype
     stages = RING_SLOTS if one_ring else plan.tile.num_stages
-    row_blocks = -(-problem.max_len_extend // (ROWS if one_tile else 2 * ROWS))
-    items = row_blocks * problem.batch_size * problem.num_q_heads // heads
-    items *= 1 if latent(problem) else slices
+    tokens = ROWS if one_tile else 2 * ROWS
+    row_blocks = -(-problem.max_len_extend // tokens)
+    items = tiled_items(problem, heads, tokens)
     programs = multiprocessors(inputs.q.device)
-    split = plan.split_kv > 1 and items <= programs and problem.sliding_window <= 0
-    split = split and row_blocks * problem.batch_size <= ROW_BLOCKS_MAX.value
+    split = plan.split_kv > 1 and not tiled_whole(problem, programs, heads, tokens)
     on = features(inputs, problem)
     on["CAUSAL"] = on["CAUSAL"] and not on["MASK"]
     gather = on["HAS_POOL"] or on["MASK"]

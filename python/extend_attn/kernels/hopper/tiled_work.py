@@ -6,11 +6,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
+from ...plan.legality_hopper_tiled import SPLIT_BLOCKS_MAX
 from .gluon_compat import struct
 from .ring import Ring
 
 ROWS: gl.constexpr = gl.constexpr(64)  # query rows of a consumer: one warpgroup product is that high
-ROW_BLOCKS_MAX: gl.constexpr = gl.constexpr(128)  # of a batch whose items are split
+ROW_BLOCKS_MAX: gl.constexpr = gl.constexpr(SPLIT_BLOCKS_MAX)  # of a batch whose items are split
 
 
 @struct
