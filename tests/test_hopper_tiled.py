@@ -178,6 +178,7 @@ def test_sections(heads, batch, window, gqa, monkeypatch):
 @gpu
 @hopper
 @pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("dim, splits", [(64, 2), (96, 3), (256, 5), (512, 4)])
 @pytest.mark.parametrize(
     "spec",
@@ -191,10 +192,15 @@ def test_sections(heads, batch, window, gqa, monkeypatch):
     ],
     ids=str,
 )
-def test_splits(spec, splits, dim, gqa):
+def test_splits(spec, splits, dim, even, gqa):
     spec = {"dtype": torch.bfloat16, "device": "cuda", "lengths": FEW, "heads": (4, 2), "dim": dim, **spec}
     case = make_case(**spec)
-    GPU["hopper_tiled"].check(case, plan={"family": FAMILY, "pack_gqa": gqa, "split_kv": splits})
+    plan = {"family": FAMILY, "pack_gqa": gqa, "split_kv": splits, "programs": multiprocessors() if even else 0}
+    GPU["hopper_tiled"].check(case, plan=plan)
+
+
+def multiprocessors() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count
 
 
 # parts of one program each, and 128 blocks of which four programs take what is over the mean
@@ -204,13 +210,15 @@ SHARED = [dict(lengths=FEW, heads=(4, 2)), dict(lengths=[(2048, 700)], heads=(8,
 @gpu
 @hopper
 @pytest.mark.parametrize("patience", [0, 1, 1024])
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("spec", SHARED, ids=["few", "nearly a wave"])
-def test_repeats_of_splits_are_bit_identical(spec, patience, monkeypatch):
+def test_repeats_of_splits_are_bit_identical(spec, even, splits, patience, monkeypatch):
     """Whoever merges: the programs together, or the last one alone."""
     monkeypatch.setattr("extend_attn.kernels.hopper.launch_tiled.PATIENCE", patience)
     calls.forget()
     case = make_case(dtype=torch.bfloat16, device="cuda", dim=128, **spec)
-    plan = {"family": FAMILY, "split_kv": 5}
+    plan = {"family": FAMILY, "split_kv": splits, "programs": multiprocessors() if even else 0}
     wanted = GPU[FAMILY].check(case, plan=plan).nan_to_num()
     assert all(torch.equal(wanted, GPU[FAMILY].call(case, plan=plan)[0].nan_to_num()) for _ in range(100))
     calls.forget()
@@ -311,7 +319,7 @@ def test_what_it_does_not_serve_falls_to_the_plain_family(changes, word):
         (dict(tile=dict(block_n=128)), "registers"),
         (dict(tile=dict(num_warps=4)), "num_warps"),
         (dict(tile=dict(num_stages=4)), "shared memory"),
-        (dict(programs=132), "programs"),
+        (dict(programs=133), "programs"),
         (dict(tma=True), "tma"),
     ],
     ids=str,

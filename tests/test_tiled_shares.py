@@ -57,7 +57,7 @@ def module(program: int) -> dict:
         return lambda *values: SimpleNamespace(**dict(zip(names, values)))
 
     names = {
-        "gl": gl, "gluon": SimpleNamespace(jit=lambda f: f), "struct": struct, "ROW_BLOCKS_MAX": 128,
+        "gl": gl, "gluon": SimpleNamespace(jit=lambda f: f), "struct": struct, "ROW_BLOCKS_MAX": 128, "MIN_TILES": 5,
         "Part": lambda *v: SimpleNamespace(**dict(zip(("begin", "end", "number", "parts", "patience"), v))),
     }  # fmt: skip
     exec(re.sub(r"^from .*$", "", SOURCE.read_text(), flags=re.M), names)

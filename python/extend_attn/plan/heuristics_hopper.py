@@ -23,7 +23,6 @@ from .legality_hopper_tiled import (
     tiled_blocks,
     tiled_items,
     tiled_rows,
-    tiled_whole,
     v_is_k,
 )
 from .tile import BLOCK_M_MIN, BLOCK_MIN, STAGES_MAX, Plan, Tile
@@ -79,7 +78,8 @@ MIN_SPLIT_KEYS, MIN_SPLIT_KEYS_FEW, SPLITS_FEW = 512, 128, 8
 SPLIT_GAIN_KEYS = 320
 SPLIT_MAX = 64
 # Of hopper_tiled: a program's least share of keys, and what must come off the longest block to pay for a merge.
-MIN_SPLIT_TILES, SPLIT_GAIN_TILES, TILED_SPLIT_MAX = 4, 4, 16
+# To find even shares takes 2 us, a tile or two.
+MIN_SPLIT_TILES, SPLIT_GAIN_TILES, EVEN_MIN_TILES, TILED_SPLIT_MAX = 5, 4, 32, 16
 # From this many new tokens on hopper_tiled takes two heads of a group over 64 tokens rather than 128 tokens of one:
 # 383 against 390 us for 8192 tokens on an H100. So it does up to 64 new tokens, where the other consumer would have
 # none (234 against 379 us for 32 behind 8000, 16 sequences, groups of 4), up to 256, of which the second block of 128
@@ -220,11 +220,11 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     if problem.head_dim_qk > 256 and not latent(problem):
         tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
     pack = problem.group % 2 == 0 and not latent(problem) and _pairs(problem)
-    split_kv = tiled_splits(problem, device, tile.block_n, pack)
+    split_kv, programs = tiled_splits(problem, device, tile.block_n, pack)
     if split_kv == 1 and not (wide or problem.custom_mask or is_fp8(problem) or _long(problem)):
         one = Plan("hopper_tiled", tile.merged({"num_stages": 1}))
         tile = one.tile if shares_ring(problem, one) else tile
-    return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=split_kv > 1, source="heuristic")
+    return Plan("hopper_tiled", tile, split_kv=split_kv, programs=programs, pack_gqa=pack, pdl=True, source="heuristic")
 
 
 def _few_keys(problem: Problem) -> bool:
@@ -245,17 +245,21 @@ def _pairs(problem: Problem) -> bool:
     return tokens <= ROWS or PAIR_FROM < tokens <= PAIR_TO or tokens >= PAIR_MIN_LEN_EXTEND
 
 
-def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool) -> int:
-    """Parts of one block's keys at most: one, unless programs without a block of their own can take much of the
-    longest one's (kernels/hopper/tiled_shares.py)."""
+def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool) -> Tuple[int, int]:
+    """(parts of one block's keys at most, programs that share them evenly). Equal parts where they fill a wave and the
+    host knows the lengths; even shares where programs without a block can take much of the longest one's."""
     heads, tokens = (2, ROWS) if pack else (1, tiled_rows(problem))
-    if tiled_whole(problem, device.sm_count, heads, tokens):
-        return 1
+    items = tiled_items(problem, heads, tokens)
+    if problem.sliding_window > 0 or not 0 < items <= device.sm_count:
+        return 1, 0
     blocks = -(-problem.max_len_extend // tokens)
     prefix = -(-problem.prefix_hint // block_n)
     longest = prefix + -(-problem.max_len_extend // block_n)
     mean = prefix + (blocks + 1) * tokens / (2 * block_n) if problem.is_causal else longest
-    share = max(math.ceil(mean * tiled_items(problem, heads, tokens) / device.sm_count), MIN_SPLIT_TILES)
+    share = max(math.ceil(mean * items / device.sm_count), MIN_SPLIT_TILES)
+    equal = min(device.sm_count // items, TILED_SPLIT_MAX, max(longest // MIN_SPLIT_TILES, 1))
+    if problem.batch_size == 1 and equal > 1 and longest < EVEN_MIN_TILES:
+        return equal, 0
     if longest < share + SPLIT_GAIN_TILES:
-        return 1
-    return min(-(-longest // share) + 1, TILED_SPLIT_MAX)
+        return 1, 0
+    return min(-(-longest // share) + 1, TILED_SPLIT_MAX), device.sm_count

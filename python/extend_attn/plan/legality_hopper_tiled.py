@@ -65,11 +65,16 @@ def tiled_items(problem: Problem, heads: int, tokens: int) -> int:
     return blocks * problem.num_q_heads // heads * slices
 
 
-def tiled_whole(problem: Problem, programs: int, heads: int, tokens: int) -> bool:
-    """Whether items are not split, whatever a plan's ``split_kv``: there may be more than programs, or a window makes
-    them short."""
+def tiled_parts(problem: Problem, plan: Plan, programs: int, heads: int, tokens: int) -> int:
+    """Parts at most into which items' keys are cut, so that all fit one wave: fewer than the plan's ``split_kv`` where
+    there are too many items, none (1) where a window makes them short."""
+    items = tiled_items(problem, heads, tokens)
+    if plan.split_kv == 1 or problem.sliding_window > 0 or not 0 < items <= programs:
+        return 1
+    if plan.programs == 0:
+        return min(plan.split_kv, programs // items)
     blocks = problem.batch_size * -(-problem.max_len_extend // tokens)
-    return problem.sliding_window > 0 or blocks > SPLIT_BLOCKS_MAX or tiled_items(problem, heads, tokens) > programs
+    return plan.split_kv if items <= plan.programs and blocks <= SPLIT_BLOCKS_MAX else 1
 
 
 def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
@@ -80,8 +85,8 @@ def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[
         return f"tile: {tile}; two consumers of 4 warps over {rows} rows are block_m {rows}, num_warps {WARPS}"
     if tile.block_n not in (64, 128):
         return f"block_n: {tile.block_n}; allowed are 64 and 128"
-    if plan.programs:
-        return f"programs: {plan.programs}; only the packed family shares keys evenly"
+    if plan.programs > device.sm_count:
+        return f"programs: {plan.programs}; those that share keys evenly run at once, up to {device.sm_count}"
     if plan.pack_gqa and latent(problem):
         return "pack_gqa: the two consumers share one head's rows where values are the front of latent keys"
     if plan.pack_gqa and problem.group % 2:

@@ -76,13 +76,15 @@ def _time(entry: Tuple[Optional[float], Optional[Plan]]) -> float:
 
 
 def _other_shares(plan: Plan, device: DeviceSpec) -> List[Plan]:
-    """Fewer and more programs that share a sequence's keys; of hopper_packed also even shares of all sequences'."""
+    """Fewer and more programs that share a sequence's keys; of the Hopper families also even shares of all."""
     if plan.family == "tiled":
         return []
     counts = {1, *(plan.split_kv * n for n in SPLIT_STEPS), *(max(1, plan.split_kv // n) for n in SPLIT_STEPS)}
-    alone = plan.family == "hopper_packed"
     plans = [
-        plan.merged({"split_kv": n, "programs": 0, "pdl": device.at_least(9) and (alone or n > 1)})
+        plan.merged({"split_kv": n, "programs": 0, "pdl": device.at_least(9) and (plan.hopper or n > 1)})
         for n in sorted(counts)
     ]
-    return [*plans, plan.merged({"split_kv": 1, "programs": device.sm_count, "pdl": True})] if alone else plans
+    if plan.hopper:
+        parts = 1 if plan.packed else max(counts)
+        plans.append(plan.merged({"split_kv": parts, "programs": device.sm_count, "pdl": True}))
+    return plans

@@ -18,9 +18,9 @@ from ...plan.legality_hopper_tiled import (
     shares_ring,
     tiled_blocks,
     tiled_items,
+    tiled_parts,
     tiled_queries,
     tiled_sections,
-    tiled_whole,
 )
 from ...plan.tile import Plan
 from ...problem import Problem
@@ -56,7 +56,8 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     row_blocks = -(-problem.max_len_extend // tokens)
     items = tiled_items(problem, heads, tokens)
     programs = multiprocessors(inputs.q.device)
-    split = plan.split_kv > 1 and not tiled_whole(problem, programs, heads, tokens)
+    parts = tiled_parts(problem, plan, programs, heads, tokens)
+    split, even = parts > 1, plan.programs > 0
     on = features(inputs, problem)
     on["CAUSAL"] = on["CAUSAL"] and not on["MASK"]
     gather = on["HAS_POOL"] or on["MASK"]
@@ -85,6 +86,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         LATENT=latent(problem),
         APART=latent(problem) and not (problem.unified or problem.v_aliases_k_new),
         SPLIT=split,
+        EVEN=split and even,
         PDL=plan.pdl,
         HAS_POOL=on["HAS_POOL"],
         UNIFIED=problem.unified,
@@ -97,11 +99,11 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     )
     numbers = (
         *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.v_new), *strides(inputs.o), PATIENCE,
-        problem.batch_size, row_blocks, plan.split_kv, tiled_sections(problem, items), *scalars(inputs),
+        problem.batch_size, row_blocks, parts, tiled_sections(problem, items), *scalars(inputs),
     )  # fmt: skip
     tiled = kernel(
         tiled_kernel,
-        programs if split else min(items, programs),
+        min(plan.programs, programs) if split and even else min(items * parts, programs),
         numbers,
         constants,
         num_warps=4,
@@ -119,9 +121,9 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     if not split:
         return Recipe((tiled,), tensors)
     tiles = row_blocks * (1 if one_tile else 2) * problem.batch_size * problem.num_q_heads * slices
-    rows = tiles * plan.split_kv * ROWS
-    parts = Workspace("partial", rows * block_dv), Workspace("partial_ml", rows * 2)
-    return Recipe((tiled,), tensors, (*parts, Workspace("arrivals", tiles, torch.int32, zeroed=True)))
+    rows = tiles * parts * ROWS
+    results = Workspace("partial", rows * block_dv), Workspace("partial_ml", rows * 2)
+    return Recipe((tiled,), tensors, (*results, Workspace("arrivals", tiles, torch.int32, zeroed=True)))
 
 
 _FEATURES = (

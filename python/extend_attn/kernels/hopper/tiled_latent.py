@@ -307,8 +307,7 @@ def produce_latent(sources, call, memory, ARRIVALS: gl.constexpr, c):
     n = 0
     rest = 0
     number = 0
-    agenda = announce(memory.board, agenda, call, c)
-    item, kv_start = announced(memory.board, number, c)
+    item, kv_start, agenda = announce(memory.board, agenda, call, c)
     while item.extend_len != 0:
         tiles = tiles_of(item, call, c)
         load_queries(sources.q, item, memory, number, c)
@@ -337,6 +336,6 @@ def produce_latent(sources, call, memory, ARRIVALS: gl.constexpr, c):
                 n += 1
                 rest += 1
             if t == search_at(tiles):
-                agenda = announce(memory.board, agenda, call, c)
+                agenda = announce(memory.board, agenda, call, c)[2]
         number += 1
         item, kv_start = announced(memory.board, number, c)

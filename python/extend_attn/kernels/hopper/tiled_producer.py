@@ -299,8 +299,7 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     agenda = agenda_of(call, c)
     n = 0
     number = 0
-    agenda = announce(memory.board, agenda, call, c)
-    item, kv_start = announced(memory.board, number, c)
+    item, kv_start, agenda = announce(memory.board, agenda, call, c)
     while item.extend_len != 0:
         tiles = tiles_of(item, call, c)
         head = item.head_block * c.HEADS // c.GROUP
@@ -335,7 +334,7 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
                     sources, item, tiles, t - 1, head, slots, memory.v_ring, values_at, LAYOUT, call, c
                 )  # fmt: skip
             if t == search_at(tiles):
-                agenda = announce(memory.board, agenda, call, c)
+                agenda = announce(memory.board, agenda, call, c)[2]
             slots = following
             n += 1
         n -= 1

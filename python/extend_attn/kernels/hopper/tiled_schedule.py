@@ -3,8 +3,7 @@
 Items are in order of falling cost over the whole batch. An item's *level* is the number of blocks of keys that it
 sees; the sequence's last block of rows has the highest. Program p of P takes items p, 2P - 1 - p, 2P + p, ...: rounds
 run to and fro, which evens out what the programs get. Lengths are read on the device, so a graph may change them.
-Where there are no more items than programs at most, each takes its own, and nothing is searched; tiled_shares.py says
-how programs without one help out.
+Where there are no more items than programs at most, each takes its own, or a part of its own, and nothing is searched.
 
 Where keys and values are more than the L2 holds, heads go in *sections*, one after the other, each with all its items
 in this order: what one level of a section has read the next ones find.
@@ -18,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .gluon_compat import struct
 from .tiled_shares import Shares, cut, next_part
-from .tiled_work import Item, Part, whole
+from .tiled_work import Item, Part, equal_part, whole
 
 CHUNK = gl.constexpr(128)  # sequences looked at in one step
 FIELDS = gl.constexpr(16)  # words a message, a power of two
@@ -110,7 +109,7 @@ def agenda_of(call, c):
     total = gl.to_tensor(0)
     zero = gl.to_tensor(0)
     shares = Shares(zero, zero, zero)
-    if c.SPLIT:
+    if c.EVEN:
         shares = cut(_items_a_block(call, c), call, c)
     elif _searches(call, c):
         total = _at_least(1, call, c)
@@ -162,6 +161,12 @@ def find_block(rank, total, call, c):
 
 
 @gluon.jit
+def _block_at(place, call):
+    """(sequence, block) in that place among all, had every sequence as many."""
+    return place // call.row_blocks, place % call.row_blocks
+
+
+@gluon.jit
 def find_item(agenda, call, c):
     """(the next item of this program, its ``rest``, where its prefix slots start, the Agenda after it)."""
     inner = _items_a_block(call, c)
@@ -173,8 +178,15 @@ def find_item(agenda, call, c):
     rest = gl.to_tensor(0)
     there = agenda.turn == 0
     levels = 0  # whether a block is a level, which counts the prefix too
-    if c.SPLIT:
+    number = 0
+    if c.EVEN:
         block, rest, part, there, shares = next_part(shares, inner, call, c)
+        sequence, block = _block_at(block, call)
+    elif c.SPLIT:
+        number = gl.program_id(0) % call.splits
+        place = gl.program_id(0) // call.splits
+        rest = place % inner
+        sequence, block = _block_at(place // inner, call)
     elif _searches(call, c):
         index = item_index(agenda.turn, total, call, c)
         size = gl.maximum(total * inner, 1)
@@ -190,13 +202,8 @@ def find_item(agenda, call, c):
                 levels = 1
     else:
         inner = inner * call.sections
-        block = gl.program_id(0) // inner
         rest = gl.program_id(0) % inner
-        sequence = block // call.row_blocks
-        block = block % call.row_blocks
-    if c.SPLIT:
-        sequence = block // call.row_blocks
-        block = block % call.row_blocks
+        sequence, block = _block_at(gl.program_id(0) // inner, call)
     kv_start = gl.to_tensor(0).to(gl.int64)
     prefix_len = gl.to_tensor(0)
     q_start = gl.to_tensor(0)
@@ -217,6 +224,10 @@ def find_item(agenda, call, c):
                 block -= before // c.TOKENS
         extend_len = gl.where(block * c.TOKENS < extend_len, extend_len, 0)
     item = item_of(sequence, block, q_start, extend_len, prefix_len, rest, part, c)
+    if c.SPLIT and not c.EVEN:
+        part = equal_part(item, number, call, c)
+        extend_len = gl.where(number < part.parts, extend_len, 0)
+        item = item_of(sequence, block, q_start, extend_len, prefix_len, rest, part, c)
     return item, rest, kv_start, Agenda(agenda.turn + 1, total, shares)
 
 
@@ -266,10 +277,10 @@ def publish(board, item, rest, kv_start, number, c):
 
 @gluon.jit
 def announce(board, agenda, call, c):
-    """Finds the program's next item and tells the consumers; the Agenda after it."""
+    """Finds the program's next item and tells the consumers: (item, where its prefix slots start, Agenda after it)."""
     item, rest, kv_start, after = find_item(agenda, call, c)
     publish(board, item, rest, kv_start, agenda.turn, c)
-    return after
+    return item, kv_start, after
 
 
 @gluon.jit

@@ -13,10 +13,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .gluon_compat import struct
-from .tiled_work import ROW_BLOCKS_MAX, Part
+from .tiled_work import MIN_TILES, ROW_BLOCKS_MAX, Part
 
-# Key tiles from which a part is worth its result, and those in whose time a part's query comes and its result leaves.
-MIN_TILES, LEAD = gl.constexpr(4), gl.constexpr(4)
+LEAD = gl.constexpr(4)  # key tiles in whose time a part's query comes and its result leaves
 FINENESS = gl.constexpr(64)  # steps in which ``size`` doubles
 NOTHING = gl.constexpr(0x7FFFFFFF)
 

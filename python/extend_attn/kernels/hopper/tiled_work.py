@@ -11,6 +11,7 @@ from .gluon_compat import struct
 from .ring import Ring
 
 ROWS: gl.constexpr = gl.constexpr(64)  # query rows of a consumer: one warpgroup product is that high
+MIN_TILES: gl.constexpr = gl.constexpr(5)  # key tiles of a part: shorter ones cost more than they save
 ROW_BLOCKS_MAX: gl.constexpr = gl.constexpr(SPLIT_BLOCKS_MAX)  # of a batch whose items are split
 
 
@@ -22,10 +23,11 @@ class Shape:
     of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns, or, if
     LATENT, where values are the first columns of keys, consumers (tiled_latent.py); APART: those of new tokens are not.
     QUERIES: query tiles a consumer, this item's and the next one's if there are two. ONE_RING: keys and values share a
-    ring. STAGED: the output leaves through the query's place. SPLIT: items that share a block's keys. PDL: the kernel
-    ahead may still run. GATHERS: rows come by asynchronous copies, which consumers must fence off, or, with RUNS, by
-    TMA. FP8: 0, or what fp8_rows.py calls the pool's codes. BY_POSITION: the window goes by ``q_positions``. SLACK: see
-    weigh. UNSEEN: a row may see no key of an item. S, O, P: the layouts of a consumer's logits, accumulator, weights.
+    ring. STAGED: the output leaves through the query's place. SPLIT: an item's keys are cut into parts, of one length
+    or as EVEN shares (tiled_shares.py). PDL: the kernel ahead may still run. GATHERS: rows come by asynchronous copies,
+    which consumers must fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py calls the pool's codes.
+    BY_POSITION: the window goes by ``q_positions``. SLACK: see weigh. UNSEEN: a row may see no key of an item. S, O, P:
+    the layouts of a consumer's logits, accumulator, weights.
     """
 
     NUM_HEADS: gl.constexpr
@@ -46,6 +48,7 @@ class Shape:
     LATENT: gl.constexpr
     APART: gl.constexpr
     SPLIT: gl.constexpr
+    EVEN: gl.constexpr
     PDL: gl.constexpr
     HAS_POOL: gl.constexpr
     GATHERS: gl.constexpr
@@ -219,6 +222,28 @@ def positions(item, first, TOKENS: gl.constexpr, call, c):
 
 @gluon.jit
 def tiles_of(item, call, c):
+    """The Tiles of an item, or of its part."""
+    tiles = _all_tiles(item, call, c)
+    if c.SPLIT:
+        tiles = Tiles(
+            tiles.new_lo, tiles.new_hi, tiles.new_tiles, tiles.pool_lo, tiles.pool_hi, tiles.pool_first,
+            item.part.begin, item.part.end,
+        )  # fmt: skip
+    return tiles
+
+
+@gluon.jit
+def equal_part(item, number, call, c):
+    """Part ``number`` of the item in parts of one length, up to call.splits; ``number`` may be past the last."""
+    tiles = _all_tiles(item, call, c).end
+    parts = gl.maximum(gl.minimum(tiles // MIN_TILES, call.splits), 1)
+    size = gl.cdiv(tiles, parts)
+    begin = number * size
+    return Part(begin, gl.minimum(begin + size, tiles), number, gl.cdiv(tiles, size), call.patience)
+
+
+@gluon.jit
+def _all_tiles(item, call, c):
     new_lo = gl.to_tensor(0)
     new_hi = gl.cdiv(item.extend_len, c.BLOCK_N)
     if c.CAUSAL:
@@ -233,12 +258,8 @@ def tiles_of(item, call, c):
     pool_hi = gl.cdiv(item.prefix_len, c.BLOCK_N)
     pool_lo = gl.where(pool_first < item.prefix_len, pool_first // c.BLOCK_N, pool_hi)
     new_tiles = new_hi - new_lo
-    begin = gl.to_tensor(0)
     end = new_tiles + pool_hi - pool_lo
-    if c.SPLIT:
-        begin = item.part.begin
-        end = item.part.end
-    return Tiles(new_lo, new_hi, new_tiles, pool_lo, pool_hi, pool_first, begin, end)
+    return Tiles(new_lo, new_hi, new_tiles, pool_lo, pool_hi, pool_first, gl.to_tensor(0), end)
 
 
 RAGGED: gl.constexpr = gl.constexpr(1 << 30)  # rows of a ragged descriptor's last-but-two dimension
