@@ -77,9 +77,9 @@ MIN_SPLIT_KEYS, MIN_SPLIT_KEYS_FEW, SPLITS_FEW = 512, 128, 8
 # on an H200 in one, 7.9 in 2; 493 take 7.6, 6.6 in 2 and 5.4 in 4.
 SPLIT_GAIN_KEYS = 320
 SPLIT_MAX = 64
-# Of hopper_tiled: a program's least share of keys, and what must come off the longest block to pay for a merge.
-# To find even shares takes 2 us, a tile or two.
-MIN_SPLIT_TILES, SPLIT_GAIN_TILES, EVEN_MIN_TILES, TILED_SPLIT_MAX = 5, 4, 32, 16
+# Of hopper_tiled: a program's least share of keys, and by how much even shares must shorten the longest block's walk to
+# pay for finding them (2 us) and for the merge.
+MIN_SPLIT_TILES, EVEN_GAIN, TILED_SPLIT_MAX = 5, 1.3, 16
 # From this many new tokens on hopper_tiled takes two heads of a group over 64 tokens rather than 128 tokens of one:
 # 383 against 390 us for 8192 tokens on an H100. So it does up to 64 new tokens, where the other consumer would have
 # none (234 against 379 us for 32 behind 8000, 16 sequences, groups of 4), up to 256, of which the second block of 128
@@ -234,7 +234,12 @@ def _few_keys(problem: Problem) -> bool:
 
 def _long(problem: Problem) -> bool:
     """Whether a block of rows is a whole prompt's: its queries and outputs then cost little beside its keys."""
-    return problem.sliding_window <= 0 and problem.max_len_extend >= PAIR_MIN_LEN_EXTEND
+    return problem.sliding_window <= 0 and _is_prompt(problem)
+
+
+def _is_prompt(problem: Problem) -> bool:
+    """Many new tokens, and no more before them."""
+    return problem.max_len_extend >= PAIR_MIN_LEN_EXTEND and problem.prefix_hint <= problem.max_len_extend
 
 
 def _pairs(problem: Problem) -> bool:
@@ -242,12 +247,12 @@ def _pairs(problem: Problem) -> bool:
     tokens = problem.max_len_extend
     if problem.custom_mask or max(problem.head_dim_qk, problem.head_dim_v) > 256:
         return True
-    return tokens <= ROWS or PAIR_FROM < tokens <= PAIR_TO or tokens >= PAIR_MIN_LEN_EXTEND
+    return tokens <= ROWS or PAIR_FROM < tokens <= PAIR_TO or _is_prompt(problem)
 
 
 def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool) -> Tuple[int, int]:
-    """(parts of one block's keys at most, programs that share them evenly). Equal parts where they fill a wave and the
-    host knows the lengths; even shares where programs without a block can take much of the longest one's."""
+    """(parts of one block's keys at most, programs that share them evenly): equal parts of one sequence's blocks as far
+    as they fit one wave, even shares of several ones', whose lengths a host cannot know."""
     heads, tokens = (2, ROWS) if pack else (1, tiled_rows(problem))
     items = tiled_items(problem, heads, tokens)
     if problem.sliding_window > 0 or not 0 < items <= device.sm_count:
@@ -258,8 +263,8 @@ def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool)
     mean = prefix + (blocks + 1) * tokens / (2 * block_n) if problem.is_causal else longest
     share = max(math.ceil(mean * items / device.sm_count), MIN_SPLIT_TILES)
     equal = min(device.sm_count // items, TILED_SPLIT_MAX, max(longest // MIN_SPLIT_TILES, 1))
-    if problem.batch_size == 1 and equal > 1 and longest < EVEN_MIN_TILES:
+    if problem.batch_size == 1:
         return equal, 0
-    if longest < share + SPLIT_GAIN_TILES:
+    if longest < share * EVEN_GAIN:
         return 1, 0
     return min(-(-longest // share) + 1, TILED_SPLIT_MAX), device.sm_count

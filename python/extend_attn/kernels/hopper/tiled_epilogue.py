@@ -50,10 +50,16 @@ def store(query, memory, call, item, row0, head, o, m, l, c):
         out = gl.convert_layout(o.to(call.o.dtype.element_ty), OUT)
         token = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
         column = item.v_slice * c.BLOCK_DV + gl.arange(0, c.BLOCK_DV, layout=gl.SliceLayout(0, OUT))
-        base = call.o + head.to(gl.int64) * call.stride_oh
-        pointers = base + ((item.q_start + token).to(gl.int64) * call.stride_ot)[:, None] + column[None, :]
-        pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])
-        gl.store(pointers, out, mask=(token < item.extend_len)[:, None] & (column < c.HEAD_DIM_V)[None, :])
+        _store_rows(call, item, token, head, column, out, c)
+
+
+@gluon.jit
+def _store_rows(call, item, token, head, column, out, c):
+    base = call.o + head.to(gl.int64) * call.stride_oh
+    pointers = base + ((item.q_start + token).to(gl.int64) * call.stride_ot)[:, None] + column[None, :]
+    pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])
+    mask = (token < item.extend_len)[:, None] & (column < c.HEAD_DIM_V)[None, :]
+    gl.store(pointers, out.to(call.o.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
@@ -123,10 +129,20 @@ def _finish_pair(call, item, first, word, row0, head, o, m, l, c):
 @gluon.jit
 def _halves(o, c):
     """The halves of an accumulator's columns. Of 16 columns a lane holds 2 and 2; here they lie side by side, so that
-    they are stored and loaded together."""
+    they are stored and loaded together: pieces of a sector cost 10 us."""
     GROUPS: gl.constexpr = c.BLOCK_DV // 32
+    LAYOUT: gl.constexpr = _half_layout(GROUPS * 16)
     o = o.reshape([ROWS, 2, GROUPS, 2, 4, 2]).permute((0, 2, 4, 3, 5, 1))
-    return o.reshape([ROWS, GROUPS * 16, 2]).split()
+    left, right = o.reshape([ROWS, GROUPS * 16, 2]).split()
+    return gl.convert_layout(left, LAYOUT), gl.convert_layout(right, LAYOUT)
+
+
+@constexpr_function
+def _half_layout(columns):
+    """What each lane has of those anyway, 4 elements side by side first."""
+    registers = [[0, 1], [0, 2], [8, 0]] + [[0, 1 << i] for i in range(4, columns.bit_length() - 1)]
+    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [ROWS.value, columns])
 
 
 @gluon.jit
@@ -162,14 +178,6 @@ def _store_half(call, item, row0, head, half, x, m, l, y, m_other, l_other, r, c
     column = gl.arange(0, GROUPS * 16, layout=gl.SliceLayout(0, OUT))
     column += item.v_slice * c.BLOCK_DV + half * (GROUPS * 16)
     _store_rows(call, item, token, head, column, out, c)
-
-
-@gluon.jit
-def _store_rows(call, item, token, head, column, out, c):
-    base = call.o + head.to(gl.int64) * call.stride_oh
-    pointers = base + ((item.q_start + token).to(gl.int64) * call.stride_ot)[:, None] + column[None, :]
-    mask = (token < item.extend_len)[:, None] & (column < c.HEAD_DIM_V)[None, :]
-    gl.store(pointers, out.to(call.o.dtype.element_ty), mask=mask)
 
 
 PARTS, ELEMENTS = gl.constexpr(4), gl.constexpr(2048)  # of a slice, read at once: 64 loads a thread in flight
