@@ -24,7 +24,7 @@ def barriers(number: gl.constexpr, arrivals: gl.constexpr):
 
 @gluon.jit
 def turn_of(n, stages: gl.constexpr):
-    """(slot, round) of tile ``n``. Unsigned: a power of two then divides by bits, and n * stages + i is known by its i."""
+    """(slot, round) of tile ``n``; unsigned, so that a power of two divides by bits."""
     n = gl.to_tensor(n).to(gl.uint32)
     return (n % stages).to(gl.int32), (n // stages).to(gl.int32)
 
@@ -47,8 +47,8 @@ class Ring:
 
     @gluon.jit
     def slot(self, n):
-        """Where tile ``n`` lies."""
-        return self.slots.index(n % self.stages)  # a known place's descriptors would all be kept in registers
+        """Where tile ``n`` lies; signed, since descriptors of places known while compiling would all take registers."""
+        return self.slots.index(n % self.stages)
 
     @gluon.jit
     def filled(self, n):

@@ -176,11 +176,12 @@ def keys_of(item, tiles, t, c):
 
 @gluon.jit
 def slots_of(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
-    """Pool slots of tile t's keys. Those that the item does not see repeat one that it does; before the prefix's tiles
-    and past their end they mean nothing, but are slots of the item."""
+    """Pool slots of tile t's keys. Those that the item does not see repeat one that it does; past the prefix's tiles
+    they mean nothing, but are slots of the item, and before them they are not looked up."""
     start, first, last = keys_of(item, tiles, t, c)
     key = start + gl.arange(0, c.BLOCK_N, layout=LAYOUT)
-    slots = gl.load(kv_indices + gl.maximum(gl.minimum(key, last), first), mask=key * 0 + last >= first, other=0)
+    known = (last >= first) & ((t >= tiles.new_tiles) | c.UNIFIED)
+    slots = gl.load(kv_indices + gl.maximum(gl.minimum(key, last), first), mask=(key * 0 == 0) & known, other=0)
     return slots.to(gl.int32)  # half the registers
 
 
@@ -237,8 +238,8 @@ def rows_of(base, slots, stride, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def panel_at(base, slots, stride, LAYOUT: gl.constexpr):
-    """[rows, PANEL] pointers to the first columns of the rows of ``slots``, one instruction a thread and row: left to
-    itself the compiler multiplies 64 bits by 64. A pool's stride is no less than 2^31 elements only if it is so typed."""
+    """[rows, PANEL] pointers to the first columns of the rows of ``slots``. A slot and a stride of 32 bits each are
+    multiplied as such: left to itself the compiler multiplies 64 bits by 64."""
     column = gl.arange(0, PANEL, layout=gl.SliceLayout(0, LAYOUT))
     if stride.dtype == gl.int32:
         first = (base + column).to(gl.uint64, bitcast=True)
@@ -339,8 +340,8 @@ def new_values(sources, item, tiles, t, head, ring, n, ARRIVALS: gl.constexpr, c
 
 @gluon.jit
 def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
-    """K of tile t + 1 goes before V of tile t: that is the order in which consumers ask for them. Slots are
-    looked up a tile ahead, one a thread, and pass through shared memory; the next item is found while consumers have the
+    """K of tile t + 1 goes before V of tile t: that is the order in which consumers ask for them. Slots are looked up
+    a tile ahead, one a thread, and go round through shared memory; the next item is found while consumers have the
     first tiles of this one."""
     # a thread's share of a row: 8 elements of 16 bits, or 8 codes in two words
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2 if c.FP8 else 8], [4, 8], [gl.num_warps(), 1], [1, 0])
@@ -380,8 +381,8 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
                 new_values(sources, item, tiles, t - 1, head, memory.v_ring, values_at, ARRIVALS, call, c)
             elif c.HAS_POOL:
                 gather_values(
-                    sources, item, tiles, t - 1, head, memory.slots.index((n - 1) & 1), memory.v_ring, values_at, LAYOUT,
-                    call, c,
+                    sources, item, tiles, t - 1, head, memory.slots.index((n - 1) & 1), memory.v_ring, values_at,
+                    LAYOUT, call, c,
                 )  # fmt: skip
             if t == search_at(tiles):
                 announce(memory.board, turn + 1, total, call, c)
