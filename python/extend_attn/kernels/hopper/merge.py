@@ -20,20 +20,20 @@ HANDED_OVER = gl.constexpr(1)
 ARRIVAL = gl.constexpr(2)
 EPOCH = gl.constexpr(1 << 16)
 
-# (Parts read at once, elements of a slice for each four warps): all loads of a step are in flight together, 16 to 64 a
+# (Parts read at once, elements of a slice): all loads of a step are in flight together, 16 to 64 a
 # thread. Few parts leave much to each program, many leave little.
 FEW, SOME, MANY, MOST = gl.constexpr(4), gl.constexpr(8), gl.constexpr(16), gl.constexpr(64)
 OF_FEW, OF_SOME, OF_MANY, OF_MOST = gl.constexpr(2048), gl.constexpr(512), gl.constexpr(128), gl.constexpr(64)
 
 
 @gluon.jit
-def finish_pair(call, work, shape, acc, m_i, l_i, pair, part, parts, patience):
+def finish_pair(call, work, shape, acc, m_i, l_i, place, pair, part, parts, patience):
     """The end of this program's share of ``pair``: part ``part`` of ``parts`` that programs side by side have of it."""
     if parts == 1:
-        store_result(call, work, shape, acc, m_i, l_i)
+        store_result(call, work, shape, acc, m_i, l_i, place)
     else:
         first = gl.program_id(0) - part
-        store_part(call, work, shape, acc, m_i, l_i, slot_of(shape, first, part))
+        store_part(call, work, shape, acc, m_i, l_i, slot_of(shape, work, first, part))
         barrier()
         word = call.arrivals + pair
         before = gl.atomic_add(word, ARRIVAL, sem="acq_rel")
@@ -58,7 +58,7 @@ def finish_pair(call, work, shape, acc, m_i, l_i, pair, part, parts, patience):
                     gl.atomic_and(word, -1 - HANDED_OVER, sem="relaxed")
         if arrived >= parts:
             barrier()
-            rows = gl.minimum(work.extend_len * shape.GROUP - work.row_first, shape.BLOCK_M)
+            rows = gl.minimum(work.extend_len * shape.GROUP - work.row_first, shape.ROWS)
             if shape.EVEN:  # half as many elements: registers also hold where the program goes on
                 if parts <= FEW:
                     _merge(call, work, shape, first, parts, rows, begin, step, FEW, OF_FEW // 2)
@@ -66,7 +66,7 @@ def finish_pair(call, work, shape, acc, m_i, l_i, pair, part, parts, patience):
                     _merge(call, work, shape, first, parts, rows, begin, step, SOME, OF_SOME)
             elif parts <= FEW:
                 _merge(call, work, shape, first, parts, rows, begin, step, FEW, OF_FEW)
-            elif rows * shape.BLOCK_D >= parts * (OF_SOME * (shape.WARPS // 4)):
+            elif rows * shape.BLOCK_D >= parts * OF_SOME:
                 _merge(call, work, shape, first, parts, rows, begin, step, SOME, OF_SOME)
             elif parts <= MANY:
                 _merge(call, work, shape, first, parts, rows, begin, step, MANY, OF_MANY)
@@ -75,12 +75,13 @@ def finish_pair(call, work, shape, acc, m_i, l_i, pair, part, parts, patience):
 
 
 @gluon.jit
-def slot_of(shape, first, part):
+def slot_of(shape, work, first, part):
     """Where the parts lie of programs from ``first`` on. An EVEN program has room for a part of two pairs: of one that
     began before it, and of one that goes on behind it, of which it has part 0."""
     slot = first + part
     if shape.EVEN:
         slot = 2 * slot + (part == 0).to(gl.int32)
+    slot = slot * shape.CONSUMERS + work.row_first // shape.ROWS % shape.CONSUMERS
     return slot.to(gl.int64)
 
 
@@ -100,11 +101,11 @@ def _layout(PARTS, ROWS, COLUMNS, WARPS):
 @gluon.jit
 def _merge(call, work, shape, first, parts, rows, begin, step, PARTS: gl.constexpr, ELEMENTS: gl.constexpr):
     """Slices ``begin``, ``begin + step``, ... of the pair's ``rows``: all parts' weighted sum, divided and stored."""
-    SIZE: gl.constexpr = ELEMENTS * (shape.WARPS // 4)
+    SIZE: gl.constexpr = ELEMENTS
     COLUMNS: gl.constexpr = min(shape.BLOCK_D, SIZE)
-    ROWS: gl.constexpr = min(shape.BLOCK_M, SIZE // COLUMNS)
+    ROWS: gl.constexpr = min(shape.ROWS, SIZE // COLUMNS)
     ACROSS: gl.constexpr = shape.BLOCK_D // COLUMNS
-    CUBE: gl.constexpr = _layout(PARTS, ROWS, COLUMNS, shape.WARPS)
+    CUBE: gl.constexpr = _layout(PARTS, ROWS, COLUMNS, 4)
     FLAT: gl.constexpr = gl.SliceLayout(0, CUBE)
     PARTS_BY_ROWS: gl.constexpr = gl.SliceLayout(2, CUBE)
     OF_PART: gl.constexpr = gl.SliceLayout(1, PARTS_BY_ROWS)
@@ -119,14 +120,14 @@ def _merge(call, work, shape, first, parts, rows, begin, step, PARTS: gl.constex
         l_i = gl.zeros([ROWS], gl.float32, OF_ROW)
         for begun in range(0, parts, PARTS):
             i = begun + gl.arange(0, PARTS, layout=OF_PART)
-            slot = slot_of(shape, first, i)[:, None]
+            slot = slot_of(shape, work, first, i)[:, None]
             ok = (i < parts)[:, None] & (r < rows)[None, :]
-            ml = call.partial_ml + slot * (2 * shape.BLOCK_M) + r[None, :]
-            at = gl.expand_dims(slot * (shape.BLOCK_M * shape.BLOCK_D) + (r * shape.BLOCK_D)[None, :], 2)
+            ml = call.partial_ml + slot * (2 * shape.ROWS) + r[None, :]
+            at = gl.expand_dims(slot * (shape.ROWS * shape.BLOCK_D) + (r * shape.BLOCK_D)[None, :], 2)
             at = call.partial + at + gl.expand_dims(gl.expand_dims(columns, 0), 0)
             # past L1, which may hold what was there before
             m = gl.load(ml, mask=ok, other=float("-inf"), cache_modifier=".cg")
-            l = gl.load(ml + shape.BLOCK_M, mask=ok, other=0.0, cache_modifier=".cg")
+            l = gl.load(ml + shape.ROWS, mask=ok, other=0.0, cache_modifier=".cg")
             x = gl.load(at, mask=gl.expand_dims(ok, 2), other=0.0, cache_modifier=".cg")
             m_new = gl.maximum(m_i, gl.max(m, 0))
             finite = gl.where(m_new == float("-inf"), 0.0, m_new)
