@@ -42,6 +42,9 @@ PLAIN_GROUP, PLAIN_ROWS_MAX, PLAIN_HEAD_DIM_MAX = 8, 256, 256
 NARROW_HEAD_DIM, NARROW_GROUP, NARROW_WAVES, PLAIN_FP8_KEYS = 64, 1, 1.5, 128
 FEW_TOKENS = 16
 PACKED_BLOCK_N = 64
+# Registers that packed_held may name before a second consumer shares the rows: 64 rows at head dim 128 (160) take 69 us
+# on an H200 with two, 75 with one; 32 rows (80) 67.1 and 66.6, at head dim 256 (112) 37.8 and 36.3 us.
+HELD_OF_ONE = 128
 # fp8 codes are converted a tile at a time: wider tiles of small heads wait less often (64 sequences of 4000 tokens at
 # head dim 128: 230 us on an H100, 267 with 64 keys), where a sequence has more than SHORT keys (78 of 34: 22.5 us on an
 # H200 with 64 keys a tile, 29.9 with 128).
@@ -152,7 +155,7 @@ def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
         few = not _fills(problem, -(-problem.rows // tile.block_m), device, HALF_BLOCK_PROGRAMS)
         if keys <= (2 * HALF_BLOCK_KEYS if few else HALF_BLOCK_KEYS):
             tile = tile.merged({"block_m": tile.block_m // 2})
-    while packed_held(problem, tile) > packed_held_max(problem, tile):  # a second warpgroup, then fewer rows
+    while packed_held(problem, tile) > _held_well(problem, tile):  # a second consumer, then fewer rows
         tile = tile.merged({"num_warps": 8} if tile.num_warps == 4 else {"block_m": tile.block_m // 2, "num_warps": 4})
     programs = max(problem.batch_size, 1) * problem.num_kv_heads * -(-max(problem.rows, 1) // tile.block_m)
     split_kv = packed_splits(problem, device, programs)
@@ -163,6 +166,10 @@ def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
     tile = tile.merged({"num_stages": _stages(problem, tile, deep, device)})
     shares = device.sm_count if even else 0
     return Plan("hopper_packed", tile, split_kv=split_kv, programs=shares, pdl=True, source="heuristic")
+
+
+def _held_well(problem: Problem, tile: Tile) -> int:
+    return min(HELD_OF_ONE, packed_held_max(problem, tile)) if tile.num_warps == 4 else packed_held_max(problem, tile)
 
 
 def _stages(problem: Problem, tile: Tile, deep: bool, device: DeviceSpec) -> int:

@@ -71,18 +71,21 @@ def is_fp8(problem: Problem) -> bool:
     return problem.has_pool and problem.kv_dtype != problem.dtype
 
 
-def packed_registers(problem: Problem, plan: Plan) -> Tuple[int, int]:
-    """(registers a thread that the launch reserves, those that a producer keeps); consumers share the rest.
+def packed_registers(problem: Problem, plan: Plan) -> Tuple[int, int, int]:
+    """(registers a thread that the launch reserves, those of a second consumer, those that a producer keeps); the first
+    consumer has the rest.
 
     One warpgroup of consumers and one of producers get 160 and 96, which leaves room for two programs a
     multiprocessor. Many rows, or a group of converting producers for each of K and V, take what one program can have.
     """
     tall = plan.tile.num_warps > 4
     if not is_fp8(problem):
-        return (168, 96) if tall or packed_held(problem, plan.tile) > HELD_OF_TWO else (128, 96)
+        if tall:
+            return 168, 216, 72
+        return (168, 0, 96) if packed_held(problem, plan.tile) > HELD_OF_TWO else (128, 0, 96)
     if tall:
-        return (168, 96) if v_is_k(problem) else (128, 96)
-    return 168, 128
+        return (168, 200, 96) if v_is_k(problem) else (128, 160, 96)
+    return 168, 0, 128
 
 
 def packed_held_max(problem: Problem, tile: Tile) -> int:

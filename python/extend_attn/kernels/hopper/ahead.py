@@ -36,6 +36,17 @@ def _rows(pool, offsets, wanted, DIM: gl.constexpr, LINES: gl.constexpr, LAYOUT:
 
 
 @gluon.jit
+def prefetch_lengths(call, batch_size):
+    """Prefetches what even_share reads: where the new tokens and the prefix of every sequence begin."""
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    number = gl.arange(0, 128, layout=FLAT)
+    at = number * (128 // (call.qo_indptr.dtype.element_ty.primitive_bitwidth // 8))
+    _prefetch(call.qo_indptr + at, at <= batch_size)
+    at = number * (128 // (call.kv_indptr.dtype.element_ty.primitive_bitwidth // 8))
+    _prefetch(call.kv_indptr + at, at <= batch_size)
+
+
+@gluon.jit
 def look_ahead(call, shape, pairs, num_indices, num_slots, TILES: gl.constexpr):
     """Prefetches the slots of this program's list and the rows of its first TILES tiles, as far as index arrays say
     already which they are. A list is taken from the prefix alone, and its window from there: a key or two off."""

@@ -20,23 +20,24 @@ HANDED_OVER = gl.constexpr(1)
 ARRIVAL = gl.constexpr(2)
 EPOCH = gl.constexpr(1 << 16)
 
-# (Parts read at once, elements of a slice for each four warps): all loads of a step are in flight together, 16 to 64 a
+# (Parts read at once, elements of a slice): all loads of a step are in flight together, 16 to 64 a
 # thread. Few parts leave much to each program, many leave little.
 FEW, SOME, MANY, MOST = gl.constexpr(4), gl.constexpr(8), gl.constexpr(16), gl.constexpr(64)
 OF_FEW, OF_SOME, OF_MANY, OF_MOST = gl.constexpr(2048), gl.constexpr(512), gl.constexpr(128), gl.constexpr(64)
 
 
 @gluon.jit
-def finish_pair(call, work, shape, acc, m_i, l_i, pair, part, parts, patience):
+def finish_pair(call, work, shape, acc, m_i, l_i, place, pair, part, parts, patience):
     """The end of this program's share of ``pair``: part ``part`` of ``parts`` that programs side by side have of it."""
     if parts == 1:
-        store_result(call, work, shape, acc, m_i, l_i)
+        store_result(call, work, shape, acc, m_i, l_i, place)
     else:
         first = gl.program_id(0) - part
-        store_part(call, work, shape, acc, m_i, l_i, slot_of(first, part, shape.EVEN))
+        slot = slot_of(first, part, consumer_of(shape, work), shape.EVEN, shape.CONSUMERS)
+        store_part(call, work, shape, acc, m_i, l_i, slot)
         begin, step = arrive(call.arrivals + pair, part, parts, patience, shape.EVEN)
         if step > 0:
-            rows = gl.minimum(work.extend_len * shape.GROUP - work.row_first, shape.BLOCK_M)
+            rows = gl.minimum(work.extend_len * shape.GROUP - work.row_first, shape.ROWS)
             if shape.EVEN:  # half as many elements: registers also hold where the program goes on
                 if parts <= FEW:
                     _merge(call, work, shape, first, parts, rows, begin, step, FEW, OF_FEW // 2)
@@ -44,7 +45,7 @@ def finish_pair(call, work, shape, acc, m_i, l_i, pair, part, parts, patience):
                     _merge(call, work, shape, first, parts, rows, begin, step, SOME, OF_SOME)
             elif parts <= FEW:
                 _merge(call, work, shape, first, parts, rows, begin, step, FEW, OF_FEW)
-            elif rows * shape.BLOCK_D >= parts * (OF_SOME * (shape.WARPS // 4)):
+            elif rows * shape.BLOCK_D >= parts * OF_SOME:
                 _merge(call, work, shape, first, parts, rows, begin, step, SOME, OF_SOME)
             elif parts <= MANY:
                 _merge(call, work, shape, first, parts, rows, begin, step, MANY, OF_MANY)
@@ -105,13 +106,19 @@ def hand_over(word, epoch, parts):
 
 
 @gluon.jit
-def slot_of(first, part, EVEN: gl.constexpr):
-    """Where the parts lie of programs from ``first`` on. An EVEN program has room for a part of two pairs: of one that
-    began before it, and of one that goes on behind it, of which it has part 0."""
+def consumer_of(shape, work):
+    """Which of its program's consumers has these rows."""
+    return work.row_first // shape.ROWS % shape.CONSUMERS
+
+
+@gluon.jit
+def slot_of(first, part, consumer, EVEN: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Where the parts lie of programs from ``first`` on, of one of CONSUMERS in each. An EVEN program has room for a
+    part of two pairs: of one that began before it, and of one that goes on behind it, of which it has part 0."""
     slot = first + part
     if EVEN:
         slot = 2 * slot + (part == 0).to(gl.int32)
-    return slot.to(gl.int64)
+    return (slot * CONSUMERS + consumer).to(gl.int64)
 
 
 @constexpr_function
@@ -130,11 +137,10 @@ def _layout(PARTS, ROWS, COLUMNS, WARPS):
 @gluon.jit
 def _merge(call, work, shape, first, parts, rows, begin, step, PARTS: gl.constexpr, ELEMENTS: gl.constexpr):
     """Slices ``begin``, ``begin + step``, ... of the pair's ``rows``: all parts' weighted sum, divided and stored."""
-    SIZE: gl.constexpr = ELEMENTS * (shape.WARPS // 4)
-    for s in range(begin, slices_of(rows, shape.BLOCK_M, shape.BLOCK_D, SIZE), step):
+    for s in range(begin, slices_of(rows, shape.ROWS, shape.BLOCK_D, ELEMENTS), step):
         merged, m_i, l_i, r, columns = merge_slice(
-            call.partial, call.partial_ml, first, parts, rows, s, shape.EVEN, shape.BLOCK_M, shape.BLOCK_D, PARTS, SIZE,
-            shape.WARPS,
+            call.partial, call.partial_ml, first, parts, consumer_of(shape, work), rows, s, shape.EVEN, shape.CONSUMERS,
+            shape.ROWS, shape.BLOCK_D, PARTS, ELEMENTS,
         )  # fmt: skip
         store_rows(call, work, shape, merged, m_i, l_i, r, columns, s % (shape.BLOCK_D // columns.shape[0]) == 0)
 
@@ -148,15 +154,15 @@ def slices_of(rows, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, SIZE: gl.const
 
 @gluon.jit
 def merge_slice(
-    partial, partial_ml, first, parts, rows, s, EVEN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
-    PARTS: gl.constexpr, SIZE: gl.constexpr, WARPS: gl.constexpr,
+    partial, partial_ml, first, parts, consumer, rows, s, EVEN: gl.constexpr, CONSUMERS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, PARTS: gl.constexpr, SIZE: gl.constexpr,
 ):  # fmt: skip
     """(weighted sum [rows, columns], maxima, sums, which rows and columns they are) of slice ``s`` of all parts, PARTS
-    read at once, of which ``slot_of(first, part)`` says where they lie."""
+    read at once, which lie where ``slot_of`` says."""
     COLUMNS: gl.constexpr = min(BLOCK_D, SIZE)
     ROWS: gl.constexpr = min(BLOCK_M, SIZE // COLUMNS)
     ACROSS: gl.constexpr = BLOCK_D // COLUMNS
-    CUBE: gl.constexpr = _layout(PARTS, ROWS, COLUMNS, WARPS)
+    CUBE: gl.constexpr = _layout(PARTS, ROWS, COLUMNS, 4)
     FLAT: gl.constexpr = gl.SliceLayout(0, CUBE)
     PARTS_BY_ROWS: gl.constexpr = gl.SliceLayout(2, CUBE)
     OF_PART: gl.constexpr = gl.SliceLayout(1, PARTS_BY_ROWS)
@@ -170,7 +176,7 @@ def merge_slice(
     l_i = gl.zeros([ROWS], gl.float32, OF_ROW)
     for begun in range(0, parts, PARTS):
         i = begun + gl.arange(0, PARTS, layout=OF_PART)
-        slot = slot_of(first, i, EVEN)[:, None]
+        slot = slot_of(first, i, consumer, EVEN, CONSUMERS)[:, None]
         ok = (i < parts)[:, None] & (r < rows)[None, :]
         ml = partial_ml + slot * (2 * BLOCK_M) + r[None, :]
         at = gl.expand_dims(slot * (BLOCK_M * BLOCK_D) + (r * BLOCK_D)[None, :], 2)

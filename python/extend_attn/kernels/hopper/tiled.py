@@ -23,7 +23,7 @@ from .ring import Ring, barriers
 from .tiled_epilogue import finish_part, store
 from .tiled_latent import BOX, PARTS, consume_latent, produce_latent
 from .tiled_masks import ALL, BOTH, END, NEW, NONE, POOL, SOME, before_end, hide, seen
-from .tiled_producer import Sources, produce
+from .tiled_producer import Sources, produce, slots_memory
 from .tiled_products import (
     Seat,
     State,
@@ -269,6 +269,9 @@ def tiled_kernel(
         gl.allocate_shared_memory(dtype, [K_STAGES * SHARE, KEYS, K_COLUMNS], K_LAYOUT),
         barriers(K_STAGES * SHARE, ARRIVALS), barriers(K_STAGES * SHARE, 2), K_STAGES * SHARE,
     )  # fmt: skip
+    pool_slots = q_slots
+    if HAS_POOL and not LATENT:
+        pool_slots = gl.allocate_shared_memory(gl.int32, [2, BLOCK_N], slots_memory(BLOCK_N))
     v_ring = k_ring
     if not ONE_RING:
         v_ring = Ring(
@@ -282,6 +285,7 @@ def tiled_kernel(
         barriers(2 * QUERIES, 1),
         k_ring,
         v_ring,
+        pool_slots,
         weights, maxima, sums, told,
         Ring(
             gl.allocate_shared_memory(gl.int32, [MESSAGES * FIELDS, 1], WORDS),

@@ -195,8 +195,8 @@ def _finish_one_of_many(call, item, first, word, row0, head, o, c):
         rows = gl.minimum(item.extend_len - row0, ROWS)
         for s in range(begin, slices_of(rows, ROWS, c.BLOCK_DV, ELEMENTS), step):
             x, m, l, rows_read, columns = merge_slice(
-                call.partial, call.partial_ml, first, item.part.parts, rows, s, False, ROWS, c.BLOCK_DV, PARTS,
-                ELEMENTS, gl.num_warps(),
+                call.partial, call.partial_ml, first, item.part.parts, 0, rows, s, False, 1, ROWS, c.BLOCK_DV, PARTS,
+                ELEMENTS,
             )  # fmt: skip
             if c.SINKS:
                 alpha, m, l = add_sink(m, l, gl.load(call.sinks + head).to(gl.float32))

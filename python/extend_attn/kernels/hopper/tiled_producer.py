@@ -98,21 +98,32 @@ def load_values(desc, item, tile, head, ring, n, arrivals: gl.constexpr, c):
 
 
 @gluon.jit
+def panel_of(rows, LAYOUT: gl.constexpr):
+    """[rows, PANEL] pointers to the first columns of ``rows``."""
+    pointers = rows[:, None] + gl.arange(0, PANEL, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    return gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])
+
+
+@gluon.jit
 def gather(
-    rows, exists, column, limit: gl.constexpr, columns: gl.constexpr, PADDED: gl.constexpr, HIDDEN: gl.constexpr,
-    barrier, destination, LAYOUT: gl.constexpr,
+    rows, exists, column, limit: gl.constexpr, PADDED: gl.constexpr, HIDDEN: gl.constexpr, barrier, destination,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Columns [column, column + columns) of the rows at pointers ``rows``; zeros from ``limit`` on, if PADDED, and for
-    rows that do not exist, if HIDDEN."""
-    offset = column + gl.arange(0, columns, layout=gl.SliceLayout(0, LAYOUT))
-    pointers = rows[:, None] + offset[None, :]
-    pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])
-    if HIDDEN:
-        gather_load(destination, pointers, mask=exists[:, None] & (offset < limit)[None, :])
-    elif PADDED:
-        gather_load(destination, pointers, mask=(offset < limit)[None, :])
-    else:
-        gather_load(destination, pointers)
+    """Columns from ``column`` on, as many as the destination has, of rows whose first PANEL columns ``rows`` points to;
+    zeros from column ``limit`` on, if PADDED, and for rows that do not exist, if HIDDEN."""
+    PANELS: gl.constexpr = destination.shape[1] // PANEL
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    panels = reinterpret(destination, destination.dtype, [PANELS, destination.shape[0], PANEL], SWIZZLED)
+    inside = gl.arange(0, PANEL, layout=gl.SliceLayout(0, LAYOUT))
+    for panel in gl.static_range(PANELS):
+        offset = column + panel * PANEL
+        pointers = gl.max_contiguous(gl.multiple_of(rows + offset, [1, 16]), [1, 8])
+        if HIDDEN:
+            gather_load(panels.index(panel), pointers, mask=exists[:, None] & (inside < limit - offset)[None, :])
+        elif PADDED:
+            gather_load(panels.index(panel), pointers, mask=(inside < limit - offset)[None, :])
+        else:
+            gather_load(panels.index(panel), pointers)
     async_copy.mbarrier_arrive(barrier, increment_count=False)
 
 
@@ -139,15 +150,21 @@ def all_keys_layout(keys, warps):
     return gl.DistributedLinearLayout(registers, lanes, [[0]] * (warps.bit_length() - 1), [], [keys])
 
 
+@constexpr_function
+def slots_memory(keys):
+    """Rows that one thread copies (every 16th: four warps of four) lie side by side."""
+    rows = (keys // 16).bit_length() - 1
+    return gl.SharedLinearLayout([[16 << i] for i in range(rows)] + [[1 << i] for i in range(4)])
+
+
 @gluon.jit
 def no_slots(c):
     return Slots(gl.zeros([c.BLOCK_N], gl.int32, slots_layout(gl.num_warps())), gl.to_tensor(0), gl.to_tensor(0))
 
 
 @gluon.jit
-def slots_of(kv_indices, item, tiles, t, c):
-    """The Slots of tile t. Keys that the item does not see repeat one that it does; before the prefix's tiles and past
-    their end they mean nothing, but are slots of the item."""
+def keys_of(item, tiles, t, c):
+    """(place of tile t's first key in the item's key list, first and last place that the item sees there)."""
     start = (tiles.pool_hi - 1 - (t - tiles.new_tiles)) * c.BLOCK_N
     first = tiles.pool_first
     last = item.prefix_len - 1
@@ -155,14 +172,31 @@ def slots_of(kv_indices, item, tiles, t, c):
         new = t < tiles.new_tiles
         start = gl.where(new, item.prefix_len + (tiles.new_hi - 1 - t) * c.BLOCK_N, start)
         last = gl.where(new, item.prefix_len + item.extend_len - 1, last)
-    key = start + gl.arange(0, c.BLOCK_N, layout=slots_layout(gl.num_warps()))
-    slots = gl.load(kv_indices + gl.maximum(gl.minimum(key, last), first), mask=key * 0 + last >= first, other=0)
+    return start, first, last
+
+
+@gluon.jit
+def slots_of(kv_indices, item, tiles, t, LAYOUT: gl.constexpr, c):
+    """Pool slots of tile t's keys. Those that the item does not see repeat one that it does; past the prefix's tiles
+    they mean nothing, but are slots of the item, and before them they are not looked up."""
+    start, first, last = keys_of(item, tiles, t, c)
+    key = start + gl.arange(0, c.BLOCK_N, layout=LAYOUT)
+    known = (last >= first) & ((t >= tiles.new_tiles) | c.UNIFIED)
+    slots = gl.load(kv_indices + gl.maximum(gl.minimum(key, last), first), mask=(key * 0 == 0) & known, other=0)
+    return slots.to(gl.int32)  # half the registers
+
+
+@gluon.jit
+def runs_of(kv_indices, item, tiles, t, c):
+    """The Slots of tile t."""
+    slots = slots_of(kv_indices, item, tiles, t, slots_layout(gl.num_warps()), c)
+    start, first, last = keys_of(item, tiles, t, c)
     strays = gl.to_tensor(0)
     if c.RUNS:  # the ends of the first run alone: slots in no order then cost next to nothing
         inside = (start >= first) & (start + c.BLOCK_N - 1 <= last)
         begin = gl.load(kv_indices + start, mask=inside, other=0).to(gl.int32)
         strays = gl.load(kv_indices + start + (RUN - 1), mask=inside, other=0).to(gl.int32) - begin - (RUN - 1)
-    return Slots(slots.to(gl.int32), strays, start)  # half the registers
+    return Slots(slots, strays, start)
 
 
 @gluon.jit
@@ -200,7 +234,24 @@ def load_runs(desc, kv_indices, start, head, column, barrier, destination):
 @gluon.jit
 def rows_of(base, slots, stride, LAYOUT: gl.constexpr):
     """Pointers to the rows of ``slots``."""
-    return base + gl.convert_layout(slots.slots, gl.SliceLayout(1, LAYOUT)).to(gl.int64) * stride
+    return base + gl.convert_layout(slots, gl.SliceLayout(1, LAYOUT)).to(gl.int64) * stride
+
+
+@gluon.jit
+def panel_at(base, slots, stride, LAYOUT: gl.constexpr):
+    """[rows, PANEL] pointers to the first columns of the rows of ``slots``. A slot and a stride of 32 bits each are
+    multiplied as such: left to itself the compiler multiplies 64 bits by 64."""
+    column = gl.arange(0, PANEL, layout=gl.SliceLayout(0, LAYOUT))
+    if stride.dtype == gl.int32:
+        first = (base + column).to(gl.uint64, bitcast=True)
+        rows = gl.inline_asm_elementwise(
+            "mad.wide.u32 $0, $1, $2, $3;", "=l,r,r,l", [slots[:, None], stride * 2, first[None, :]],
+            dtype=gl.uint64, is_pure=True, pack=1,
+        )  # fmt: skip
+        pointers = rows.to(base.dtype, bitcast=True)
+        return gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])
+    else:
+        return panel_of(rows_of(base, slots, stride, LAYOUT), LAYOUT)
 
 
 @gluon.jit
@@ -224,12 +275,14 @@ def words_of(pool, head, slots, stride_head, stride, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def gather_keys(sources, head, slots, ring, n, LAYOUT: gl.constexpr, c):
+    """Keys, whose pool slots lie in shared memory."""
     PADDED: gl.constexpr = c.HEAD_DIM != c.K_COLUMNS * c.K_CHUNKS
+    slots = slots.load(gl.SliceLayout(1, LAYOUT))
     if c.FP8:
         rows = words_of(sources.k_pool, head, slots, sources.stride_kg, sources.stride_ks, LAYOUT)
         exists = gl.full([c.BLOCK_N], 1, gl.int1, gl.SliceLayout(1, LAYOUT))
     else:
-        rows = rows_of(sources.k_pool + head.to(gl.int64) * sources.stride_kg, slots, sources.stride_ks, LAYOUT)
+        rows = panel_at(sources.k_pool + head.to(gl.int64) * sources.stride_kg, slots, sources.stride_ks, LAYOUT)
     for chunk in gl.static_range(c.K_CHUNKS):
         at = n * c.K_CHUNKS + chunk
         column = chunk * c.K_COLUMNS
@@ -237,28 +290,29 @@ def gather_keys(sources, head, slots, ring, n, LAYOUT: gl.constexpr, c):
             convert(rows, exists, chunk * c.K_COLUMNS, c.HEAD_DIM, c.K_COLUMNS, ring, at, LAYOUT, c)
         else:
             ring.wait_empty(at)
-            gather(rows, rows, column, c.HEAD_DIM, c.K_COLUMNS, PADDED, False, ring.filled(at), ring.slot(at), LAYOUT)
+            gather(rows, rows, column, c.HEAD_DIM, PADDED, False, ring.filled(at), ring.slot(at), LAYOUT)
 
 
 @gluon.jit
 def gather_values(sources, item, tiles, t, head, slots, ring, n, LAYOUT: gl.constexpr, call, c):
-    """Tile t's values, which lie in ``slots`` of the pool."""
+    """Tile t's values, whose pool slots lie in shared memory."""
     PADDED: gl.constexpr = c.HEAD_DIM_V != c.BLOCK_DV * c.V_SLICES
     column = item.v_slice * c.BLOCK_DV
+    slots = slots.load(gl.SliceLayout(1, LAYOUT))
     if c.MASK_PREFIX:
         exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
     elif c.FP8:
         exists = gl.full([c.BLOCK_N], 1, gl.int1, gl.SliceLayout(1, LAYOUT))
     else:
-        exists = slots.slots
+        exists = slots
     if c.FP8:
         rows = words_of(sources.v_pool, head, slots, sources.stride_vg, sources.stride_vs, LAYOUT) + column // 4
         convert(rows, exists, 0, c.HEAD_DIM_V, c.BLOCK_DV, ring, n, LAYOUT, c)
     else:
-        rows = rows_of(sources.v_pool + head.to(gl.int64) * sources.stride_vg, slots, sources.stride_vs, LAYOUT)
+        rows = panel_at(sources.v_pool + head.to(gl.int64) * sources.stride_vg, slots, sources.stride_vs, LAYOUT)
         ring.wait_empty(n)
         gather(
-            rows, exists, column, c.HEAD_DIM_V, c.BLOCK_DV, PADDED, c.MASK_PREFIX, ring.filled(n), ring.slot(n), LAYOUT
+            rows, exists, column, c.HEAD_DIM_V, PADDED, c.MASK_PREFIX, ring.filled(n), ring.slot(n), LAYOUT
         )
 
 
@@ -279,9 +333,8 @@ def new_values(sources, item, tiles, t, head, ring, n, ARRIVALS: gl.constexpr, c
         rows = new_rows(sources, item, tiles, t, head, LAYOUT, c)
         ring.wait_empty(n)
         column = item.v_slice * c.BLOCK_DV
-        gather(
-            rows, exists, column, c.HEAD_DIM_V, c.BLOCK_DV, True, True, ring.filled(n), ring.slot(n), LAYOUT
-        )
+        panel = panel_of(rows, LAYOUT)
+        gather(panel, exists, column, c.HEAD_DIM_V, True, True, ring.filled(n), ring.slot(n), LAYOUT)
     else:
         load_values(sources.v, item, tiles.new_hi - 1 - t, head, ring, n, ARRIVALS, c)
 
@@ -289,11 +342,11 @@ def new_values(sources, item, tiles, t, head, ring, n, ARRIVALS: gl.constexpr, c
 @gluon.jit
 def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     """K of tile t + 1 goes before V of tile t: that is the order in which consumers ask for them. Slots are looked up
-    a tile ahead where registers hold them, the next item while consumers have the first tiles of this one."""
+    a tile ahead, one a thread, and go round through shared memory; the next item is found while consumers have the
+    first tiles of this one."""
     # a thread's share of a row: 8 elements of 16 bits, or 8 codes in two words
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2 if c.FP8 else 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    # of 128 keys, or beside four slots a key, registers do not hold two tiles' slots
-    AHEAD: gl.constexpr = c.HAS_POOL and c.BLOCK_N <= 64 and c.K_CHUNKS < 4
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     if c.PDL:
         gdc_wait()
     agenda = agenda_of(call, c)
@@ -304,26 +357,21 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
         tiles = tiles_of(item, call, c)
         head = item.head_block * c.HEADS // c.GROUP
         kv_indices = sources.kv_indices + kv_start
-        slots = no_slots(c)
-        following = slots
-        if AHEAD:
-            ahead = slots_of(kv_indices, item, tiles, tiles.begin, c)
+        if c.HAS_POOL:
+            ahead = slots_of(kv_indices, item, tiles, tiles.begin, LANES, c)
         if c.QUERIES > 1:
             load_query(sources.q, item, memory, number, c)
         for t in range(tiles.begin, tiles.end + 1):
             keys_at = key_place(n, t, tiles, c)
             values_at = value_place(n - 1, t - 1, tiles, c)
             if c.HAS_POOL:
-                if AHEAD:
-                    following = ahead
-                    ahead = slots_of(kv_indices, item, tiles, t + 1, c)
-                else:
-                    following = slots_of(kv_indices, item, tiles, t, c)
+                memory.slots.index(n & 1).store(ahead)
+                ahead = slots_of(kv_indices, item, tiles, t + 1, LANES, c)
             if t < tiles.end:
                 if (not c.UNIFIED) and t < tiles.new_tiles:
                     load_keys(sources.k, item, tiles.new_hi - 1 - t, head, memory.k_ring, keys_at, ARRIVALS, c)
                 elif c.HAS_POOL:
-                    gather_keys(sources, head, following, memory.k_ring, keys_at, LAYOUT, c)
+                    gather_keys(sources, head, memory.slots.index(n & 1), memory.k_ring, keys_at, LAYOUT, c)
             if t == tiles.begin:
                 if c.QUERIES == 1:
                     load_query(sources.q, item, memory, number, c)
@@ -331,11 +379,11 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
                 new_values(sources, item, tiles, t - 1, head, memory.v_ring, values_at, ARRIVALS, call, c)
             elif c.HAS_POOL:
                 gather_values(
-                    sources, item, tiles, t - 1, head, slots, memory.v_ring, values_at, LAYOUT, call, c
+                    sources, item, tiles, t - 1, head, memory.slots.index((n - 1) & 1), memory.v_ring, values_at,
+                    LAYOUT, call, c,
                 )  # fmt: skip
             if t == search_at(tiles):
                 agenda = announce(memory.board, agenda, call, c)[2]
-            slots = following
             n += 1
         n -= 1
         number += 1
