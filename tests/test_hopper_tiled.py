@@ -363,7 +363,7 @@ def test_few_blocks_split_their_keys():
     one = Problem("bfloat16", 256, 256, 8, 4, 1, 512, 512, 8192)
     assert plan_of(one).split_kv > 1
     assert plan_of(replace(one, num_tokens=1000, max_len_extend=1000, num_kv_indices=0)).split_kv > 1
-    assert plan_of(replace(one, num_tokens=2048, max_len_extend=2048, num_kv_indices=16384)).split_kv > 1
+    assert plan_of(replace(one, batch_size=2, num_tokens=513)).programs == 132  # lengths may be anything
     even = replace(one, batch_size=16, num_tokens=2048, max_len_extend=128, num_kv_indices=16 * 2048)
     assert plan_of(even).split_kv == 1  # a wave of equal blocks
     assert plan_of(CHUNK).split_kv == 1
