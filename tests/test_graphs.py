@@ -311,7 +311,6 @@ HOPPER = {
     "pdl": {"family": "packed", "split_kv": 3, "pdl": True},
     "pdl_tiled": {"family": "hopper_tiled", "split_kv": 1, "pdl": True},
     "pdl_tiled_split": {"family": "hopper_tiled", "split_kv": 3, "pdl": True},
-    "pdl_tiled_even": {"family": "hopper_tiled", "split_kv": 3, "pdl": True, "programs": 100},
 }
 
 

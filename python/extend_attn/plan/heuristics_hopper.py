@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Optional, Tuple
 
 from ..problem import ELEMENT_SIZE, Problem, bucket
@@ -80,9 +79,9 @@ MIN_SPLIT_KEYS, MIN_SPLIT_KEYS_FEW, SPLITS_FEW = 512, 128, 8
 # on an H200 in one, 7.9 in 2; 493 take 7.6, 6.6 in 2 and 5.4 in 4.
 SPLIT_GAIN_KEYS = 320
 SPLIT_MAX = 64
-# Of hopper_tiled: a program's least share of keys, and by how much even shares must shorten the longest block's walk to
-# pay for finding them (2 us) and for the merge.
-MIN_SPLIT_TILES, EVEN_GAIN, TILED_SPLIT_MAX = 5, 1.3, 16
+# Of hopper_tiled: key tiles of a part at least (1000 new tokens take 21.6 us on an H200 in 2 parts of 8, 24.6 in one),
+# and parts at most.
+MIN_SPLIT_TILES, TILED_SPLIT_MAX = 8, 16
 # From this many new tokens on hopper_tiled takes two heads of a group over 64 tokens rather than 128 tokens of one:
 # 383 against 390 us for 8192 tokens on an H100. So it does up to 64 new tokens, where the other consumer would have
 # none (234 against 379 us for 32 behind 8000, 16 sequences, groups of 4), up to 256, of which the second block of 128
@@ -227,11 +226,11 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     if problem.head_dim_qk > 256 and not latent(problem):
         tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
     pack = problem.group % 2 == 0 and not latent(problem) and _pairs(problem)
-    split_kv, programs = tiled_splits(problem, device, tile.block_n, pack)
+    split_kv = tiled_splits(problem, device, tile.block_n, pack)
     if split_kv == 1 and not (wide or problem.custom_mask or is_fp8(problem) or _long(problem)):
         one = Plan("hopper_tiled", tile.merged({"num_stages": 1}))
         tile = one.tile if shares_ring(problem, one) else tile
-    return Plan("hopper_tiled", tile, split_kv=split_kv, programs=programs, pack_gqa=pack, pdl=True, source="heuristic")
+    return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=True, source="heuristic")
 
 
 def _few_keys(problem: Problem) -> bool:
@@ -257,21 +256,10 @@ def _pairs(problem: Problem) -> bool:
     return tokens <= ROWS or PAIR_FROM < tokens <= PAIR_TO or _is_prompt(problem)
 
 
-def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool) -> Tuple[int, int]:
-    """(parts of one block's keys at most, programs that share them evenly): equal parts of one sequence's blocks as far
-    as they fit one wave, even shares of several ones', whose lengths a host cannot know."""
-    heads, tokens = (2, ROWS) if pack else (1, tiled_rows(problem))
-    items = tiled_items(problem, heads, tokens)
-    if problem.sliding_window > 0 or not 0 < items <= device.sm_count:
-        return 1, 0
-    blocks = -(-problem.max_len_extend // tokens)
-    prefix = -(-problem.prefix_hint // block_n)
-    longest = prefix + -(-problem.max_len_extend // block_n)
-    mean = prefix + (blocks + 1) * tokens / (2 * block_n) if problem.is_causal else longest
-    share = max(math.ceil(mean * items / device.sm_count), MIN_SPLIT_TILES)
-    equal = min(device.sm_count // items, TILED_SPLIT_MAX, max(longest // MIN_SPLIT_TILES, 1))
-    if problem.batch_size == 1:
-        return equal, 0
-    if longest < share * EVEN_GAIN:
-        return 1, 0
-    return min(-(-longest // share) + 1, TILED_SPLIT_MAX), device.sm_count
+def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool) -> int:
+    """Parts of one block's keys: as many as fit one wave, and no shorter than what pays for the merge."""
+    if problem.sliding_window > 0:
+        return 1
+    items = tiled_items(problem, 2 if pack else 1, ROWS if pack else tiled_rows(problem))
+    longest = -(-(problem.prefix_hint + problem.max_len_extend) // block_n)
+    return max(1, min(device.sm_count // max(items, 1), longest // MIN_SPLIT_TILES, TILED_SPLIT_MAX))

@@ -18,7 +18,6 @@ LATENT_VALUES, LATENT_REST = 512, 64  # columns of a latent key that are its val
 HELD_MAX = 176  # registers that hold logits, weights and accumulator, of 232 to 240: with more the loops spill
 MASK_KEYS_MAX = 64  # keys of a tile: a mask's bytes take a register each from load to use
 FP8_HEAD_DIM_MAX = 256
-SPLIT_BLOCKS_MAX = 128  # blocks of rows of a batch whose items are split: tiled_shares.py looks at all of them at once
 RING_SLOTS = 3  # of one ring for keys and values: two in use, one on its way
 SHARED_MEMORY = 232448  # bytes of a block on sm_90
 # Bytes of 50 MB of L2, and items (multiprocessors): 16 chunks of 1024 at head dim 256 take 144 us in one section on an
@@ -67,16 +66,10 @@ def tiled_items(problem: Problem, heads: int, tokens: int) -> int:
     return blocks * problem.num_q_heads // heads * slices
 
 
-def tiled_parts(problem: Problem, plan: Plan, programs: int, heads: int, tokens: int) -> int:
-    """Parts at most into which items' keys are cut, so that all fit one wave: fewer than the plan's ``split_kv`` where
-    there are too many items, none (1) where a window makes them short."""
-    items = tiled_items(problem, heads, tokens)
-    if plan.split_kv == 1 or problem.sliding_window > 0 or not 0 < items <= programs:
-        return 1
-    if plan.programs == 0:
-        return min(plan.split_kv, programs // items)
-    blocks = problem.batch_size * -(-problem.max_len_extend // tokens)
-    return plan.split_kv if items <= plan.programs and blocks <= SPLIT_BLOCKS_MAX else 1
+def tiled_parts(problem: Problem, plan: Plan, items: int, programs: int) -> int:
+    """Parts at most into which the keys of ``items`` are cut, so that all run at once: fewer than the plan's
+    ``split_kv`` where there are many items, none (1) where a window makes them short."""
+    return 1 if problem.sliding_window > 0 else max(1, min(plan.split_kv, programs // max(items, 1)))
 
 
 def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
@@ -87,8 +80,8 @@ def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[
         return f"tile: {tile}; two consumers of 4 warps over {rows} rows are block_m {rows}, num_warps {WARPS}"
     if tile.block_n not in (64, 128):
         return f"block_n: {tile.block_n}; allowed are 64 and 128"
-    if plan.programs > device.sm_count:
-        return f"programs: {plan.programs}; those that share keys evenly run at once, up to {device.sm_count}"
+    if plan.programs:
+        return f"programs: {plan.programs}; only the packed family shares keys evenly"
     if plan.pack_gqa and latent(problem):
         return "pack_gqa: the two consumers share one head's rows where values are the front of latent keys"
     if plan.pack_gqa and problem.group % 2:

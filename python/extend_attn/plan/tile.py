@@ -76,8 +76,7 @@ class Plan:
     head and all new tokens in one tile's rows, one read of K/V; verify and decode); "hopper_tiled" and "hopper_packed"
     are the same in Gluon, for sm_90 alone. ``split_kv`` (packed, hopper_tiled) is the upper bound of programs that
     share one sequence's keys (hopper_tiled: one block's); on the device short sequences use fewer. ``programs``
-    (the Hopper families), if > 0: so many programs share the keys of all sequences evenly, whatever their lengths;
-    hopper_packed does so instead of ``split_kv``, hopper_tiled with that many parts of a block at most.
+    (hopper_packed), if > 0: so many programs share the keys of all sequences evenly instead, whatever their lengths.
     ``pack_gqa`` (tiled) puts the query heads of a KV head into one tile's rows. ``tma`` (tiled, sm_90+) loads the
     contiguous new K/V through TMA descriptors. ``pdl`` (sm_90+): a kernel is launched before the one ahead of it
     ends, and waits on the device: the combine kernel, and in the Hopper families the attention kernel. ``source``

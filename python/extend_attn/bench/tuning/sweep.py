@@ -76,7 +76,7 @@ def _time(entry: Tuple[Optional[float], Optional[Plan]]) -> float:
 
 
 def _other_shares(plan: Plan, device: DeviceSpec) -> List[Plan]:
-    """Fewer and more programs that share a sequence's keys; of the Hopper families also even shares of all."""
+    """Fewer and more programs that share a sequence's keys; of hopper_packed also even shares of all sequences'."""
     if plan.family == "tiled":
         return []
     counts = {1, *(plan.split_kv * n for n in SPLIT_STEPS), *(max(1, plan.split_kv // n) for n in SPLIT_STEPS)}
@@ -84,7 +84,6 @@ def _other_shares(plan: Plan, device: DeviceSpec) -> List[Plan]:
         plan.merged({"split_kv": n, "programs": 0, "pdl": device.at_least(9) and (plan.hopper or n > 1)})
         for n in sorted(counts)
     ]
-    if plan.hopper:
-        parts = 1 if plan.packed else max(counts)
-        plans.append(plan.merged({"split_kv": parts, "programs": device.sm_count, "pdl": True}))
+    if plan.family == "hopper_packed":
+        plans.append(plan.merged({"split_kv": 1, "programs": device.sm_count, "pdl": True}))
     return plans

@@ -56,8 +56,8 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     row_blocks = -(-problem.max_len_extend // tokens)
     items = tiled_items(problem, heads, tokens)
     programs = multiprocessors(inputs.q.device)
-    parts = tiled_parts(problem, plan, programs, heads, tokens)
-    split, even = parts > 1, plan.programs > 0
+    parts = tiled_parts(problem, plan, items, programs)
+    split = parts > 1
     on = features(inputs, problem)
     on["CAUSAL"] = on["CAUSAL"] and not on["MASK"]
     gather = on["HAS_POOL"] or on["MASK"]
@@ -86,7 +86,6 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         LATENT=latent(problem),
         APART=latent(problem) and not (problem.unified or problem.v_aliases_k_new),
         SPLIT=split,
-        EVEN=split and even,
         PDL=plan.pdl,
         HAS_POOL=on["HAS_POOL"],
         UNIFIED=problem.unified,
@@ -103,7 +102,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     )  # fmt: skip
     tiled = kernel(
         tiled_kernel,
-        min(plan.programs, programs) if split and even else min(items * parts, programs),
+        min(items * parts, programs),
         numbers,
         constants,
         num_warps=4,

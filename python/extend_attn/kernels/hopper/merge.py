@@ -57,52 +57,30 @@ def finish_pair(call, work, shape, acc, m_i, l_i, place, pair, part, parts, pati
 def arrive(word, part, parts, patience, EVEN: gl.constexpr):
     """Counts part ``part`` of ``parts`` in at ``word``, once this program has stored it: which slices of the result are
     its to merge, ``begin``, ``begin + step``, ...; none if ``step`` is 0."""
-    before, epoch, arrived = count_in(word, parts)
+    barrier()
+    before = gl.atomic_add(word, ARRIVAL, sem="acq_rel")
+    epoch = before & -EPOCH
+    arrived = (before - epoch) // ARRIVAL + 1
     begin, step = part, parts
     if arrived == parts:
+        gl.atomic_xchg(word, epoch + EPOCH, sem="relaxed")
         all_of_it = (before & HANDED_OVER) != 0
         if EVEN:
             all_of_it = True
         begin = gl.where(all_of_it, 0, part)
         step = gl.where(all_of_it, 1, parts)
     elif not EVEN:
-        arrived = wait_for(word, epoch, arrived, parts, patience)
+        tries = gl.to_tensor(0)
+        while (arrived < parts) & (tries < patience):
+            arrived = (gl.atomic_add(word, 0, sem="acquire") - epoch) // ARRIVAL
+            tries += 1
         if arrived < parts:
-            arrived = hand_over(word, epoch, parts)
+            arrived = (gl.atomic_or(word, HANDED_OVER, sem="acq_rel") - epoch) // ARRIVAL
+            if arrived >= parts:  # the last one came in between, and knew nothing of it
+                gl.atomic_and(word, -1 - HANDED_OVER, sem="relaxed")
     if arrived >= parts:
         barrier()
     return begin, gl.where(arrived >= parts, step, 0)
-
-
-@gluon.jit
-def count_in(word, parts):
-    """(the word before, its epoch, arrivals with this one); the last of ``parts`` begins the next epoch."""
-    barrier()
-    before = gl.atomic_add(word, ARRIVAL, sem="acq_rel")
-    epoch = before & -EPOCH
-    arrived = (before - epoch) // ARRIVAL + 1
-    if arrived == parts:
-        gl.atomic_xchg(word, epoch + EPOCH, sem="relaxed")
-    return before, epoch, arrived
-
-
-@gluon.jit
-def wait_for(word, epoch, arrived, parts, patience):
-    """How many have arrived once all have, or patience is over."""
-    tries = gl.to_tensor(0)
-    while (arrived < parts) & (tries < patience):
-        arrived = (gl.atomic_add(word, 0, sem="acquire") - epoch) // ARRIVAL
-        tries += 1
-    return arrived
-
-
-@gluon.jit
-def hand_over(word, epoch, parts):
-    """Leaves this program's slice to the last to arrive; how many have arrived, all if that one came in between."""
-    arrived = (gl.atomic_or(word, HANDED_OVER, sem="acq_rel") - epoch) // ARRIVAL
-    if arrived >= parts:  # it knew nothing of it
-        gl.atomic_and(word, -1 - HANDED_OVER, sem="relaxed")
-    return arrived
 
 
 @gluon.jit

@@ -204,7 +204,7 @@ def tiled_kernel(
     BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr, K_CHUNKS: gl.constexpr, BLOCK_DV: gl.constexpr,
     V_SLICES: gl.constexpr, QUERIES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     ONE_RING: gl.constexpr, STAGED: gl.constexpr, LATENT: gl.constexpr, APART: gl.constexpr, SPLIT: gl.constexpr,
-    EVEN: gl.constexpr, PDL: gl.constexpr, HAS_POOL: gl.constexpr, UNIFIED: gl.constexpr, FP8: gl.constexpr,
+    PDL: gl.constexpr, HAS_POOL: gl.constexpr, UNIFIED: gl.constexpr, FP8: gl.constexpr,
     CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr, MASK_PREFIX: gl.constexpr, SINKS: gl.constexpr,
     CAP: gl.constexpr, TEMPERATURE: gl.constexpr, Q_POSITIONS: gl.constexpr, LSE: gl.constexpr, V_SCALED: gl.constexpr,
     NEGATE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -225,7 +225,7 @@ def tiled_kernel(
     c = Shape(
         NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 or LATENT else 2 * ROWS, HEAD_DIM, HEAD_DIM_V,
         BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, QUERIES, ONE_RING, STAGED, LATENT,
-        APART, SPLIT, EVEN, PDL, HAS_POOL, (HAS_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW, MASK,
+        APART, SPLIT, PDL, HAS_POOL, (HAS_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW, MASK,
         MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK, OFFSETS, LSE,
         V_SCALED, NEGATE, 0.0 if V_SCALED and q_desc.dtype == gl.float16 else SLACK,
         gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]), O, gl.DotOperandLayout(0, O, 2),

@@ -25,7 +25,7 @@ from .gluon_compat import reinterpret, sync, tma_load
 from .tiled_epilogue import finish_part, store
 from .tiled_masks import BOTH, NEW, first_key, sees, some_row_sees
 from .tiled_producer import arrived, gather, load_runs, new_rows, no_slots, panel_of, rows_of, runs_of
-from .tiled_schedule import agenda_of, announce, announced, receive, search_at
+from .tiled_schedule import announce, announced, count_blocks, receive, search_at
 from .tiled_softmax import logits, scales, temperature_of
 from .tiled_work import ROWS, Item, box_at, place_of, tiles_of
 
@@ -302,11 +302,11 @@ def produce_latent(sources, call, memory, ARRIVALS: gl.constexpr, c):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     if c.PDL:
         gdc_wait()
-    agenda = agenda_of(call, c)
+    total = count_blocks(call, c)
     n = 0
     rest = 0
     number = 0
-    item, kv_start, agenda = announce(memory.board, agenda, call, c)
+    item, kv_start = announce(memory.board, number, total, call, c)
     while item.extend_len != 0:
         tiles = tiles_of(item, call, c)
         load_queries(sources.q, item, memory, number, c)
@@ -335,6 +335,6 @@ def produce_latent(sources, call, memory, ARRIVALS: gl.constexpr, c):
                 n += 1
                 rest += 1
             if t == search_at(tiles):
-                agenda = announce(memory.board, agenda, call, c)[2]
+                announce(memory.board, number + 1, total, call, c)
         number += 1
         item, kv_start = announced(memory.board, number, c)

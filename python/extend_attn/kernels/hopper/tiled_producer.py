@@ -18,7 +18,7 @@ from ..compat import gdc_wait
 from .fp8_rows import load_codes, put_codes
 from .gluon_compat import constexpr_function, gather_load, reinterpret, struct, tma_load
 from .tiled_masks import some_row_sees
-from .tiled_schedule import agenda_of, announce, announced, search_at
+from .tiled_schedule import announce, announced, count_blocks, search_at
 from .tiled_work import ROWS, box_at, key_place, tiles_of, value_place
 
 
@@ -349,10 +349,10 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     if c.PDL:
         gdc_wait()
-    agenda = agenda_of(call, c)
+    total = count_blocks(call, c)
     n = 0
     number = 0
-    item, kv_start, agenda = announce(memory.board, agenda, call, c)
+    item, kv_start = announce(memory.board, number, total, call, c)
     while item.extend_len != 0:
         tiles = tiles_of(item, call, c)
         head = item.head_block * c.HEADS // c.GROUP
@@ -383,7 +383,7 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
                     LAYOUT, call, c,
                 )  # fmt: skip
             if t == search_at(tiles):
-                agenda = announce(memory.board, agenda, call, c)[2]
+                announce(memory.board, number + 1, total, call, c)
             n += 1
         n -= 1
         number += 1

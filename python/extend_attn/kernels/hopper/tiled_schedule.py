@@ -15,8 +15,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .gluon_compat import struct
-from .tiled_shares import Shares, cut, next_part
 from .tiled_work import Item, Part, equal_part, whole
 
 CHUNK = gl.constexpr(128)  # sequences looked at in one step
@@ -94,26 +92,13 @@ def _highest(call, c):
     return highest
 
 
-@struct
-class Agenda:
-    """What the producer keeps from item to item: how many it has had, how many blocks of rows are in the batch if it
-    searches, how items are cut if they are SPLIT."""
-
-    turn: gl.tensor
-    total: gl.tensor
-    shares: Shares
-
-
 @gluon.jit
-def agenda_of(call, c):
+def count_blocks(call, c):
+    """Blocks of rows in the whole batch, if any item is to be searched."""
     total = gl.to_tensor(0)
-    zero = gl.to_tensor(0)
-    shares = Shares(zero, zero, zero)
-    if c.EVEN:
-        shares = cut(_items_a_block(call, c), call, c)
-    elif _searches(call, c):
+    if _searches(call, c):
         total = _at_least(1, call, c)
-    return Agenda(zero, total, shares)
+    return total
 
 
 @gluon.jit
@@ -167,28 +152,24 @@ def _block_at(place, call):
 
 
 @gluon.jit
-def find_item(agenda, call, c):
-    """(the next item of this program, its ``rest``, where its prefix slots start, the Agenda after it)."""
+def find_item(turn, total, call, c):
+    """(the ``turn``-th item of this program, its ``rest``, where its prefix slots start); ``total`` is
+    count_blocks'."""
     inner = _items_a_block(call, c)
-    total = agenda.total
-    shares = agenda.shares
     part = whole()
     sequence = gl.to_tensor(0)
     block = gl.to_tensor(0)
     rest = gl.to_tensor(0)
-    there = agenda.turn == 0
+    there = turn == 0
     levels = 0  # whether a block is a level, which counts the prefix too
     number = 0
-    if c.EVEN:
-        block, rest, part, there, shares = next_part(shares, inner, call, c)
-        sequence, block = _block_at(block, call)
-    elif c.SPLIT:
+    if c.SPLIT:
         number = gl.program_id(0) % call.splits
         place = gl.program_id(0) // call.splits
         rest = place % inner
         sequence, block = _block_at(place // inner, call)
     elif _searches(call, c):
-        index = item_index(agenda.turn, total, call, c)
+        index = item_index(turn, total, call, c)
         size = gl.maximum(total * inner, 1)
         section = index // size
         rank = index % size // inner
@@ -224,11 +205,11 @@ def find_item(agenda, call, c):
                 block -= before // c.TOKENS
         extend_len = gl.where(block * c.TOKENS < extend_len, extend_len, 0)
     item = item_of(sequence, block, q_start, extend_len, prefix_len, rest, part, c)
-    if c.SPLIT and not c.EVEN:
+    if c.SPLIT:
         part = equal_part(item, number, call, c)
         extend_len = gl.where(number < part.parts, extend_len, 0)
         item = item_of(sequence, block, q_start, extend_len, prefix_len, rest, part, c)
-    return item, rest, kv_start, Agenda(agenda.turn + 1, total, shares)
+    return item, rest, kv_start
 
 
 @gluon.jit
@@ -271,16 +252,15 @@ def publish(board, item, rest, kv_start, number, c):
         _put(board.slots, at + 9, item.part.end)
         _put(board.slots, at + 10, item.part.number)
         _put(board.slots, at + 11, item.part.parts)
-        _put(board.slots, at + 12, item.part.patience)
     mbarrier.arrive(board.filled(number), count=1)
 
 
 @gluon.jit
-def announce(board, agenda, call, c):
-    """Finds the program's next item and tells the consumers: (item, where its prefix slots start, Agenda after it)."""
-    item, rest, kv_start, after = find_item(agenda, call, c)
-    publish(board, item, rest, kv_start, agenda.turn, c)
-    return item, kv_start, after
+def announce(board, turn, total, call, c):
+    """Finds the program's ``turn``-th item and tells the consumers: (item, where its prefix slots start)."""
+    item, rest, kv_start = find_item(turn, total, call, c)
+    publish(board, item, rest, kv_start, turn, c)
+    return item, kv_start
 
 
 @gluon.jit
@@ -319,7 +299,6 @@ def _read(board, at, c):
     part = whole()
     if c.SPLIT:
         part = Part(
-            _get(board.slots, at + 8), _get(board.slots, at + 9), _get(board.slots, at + 10),
-            _get(board.slots, at + 11), _get(board.slots, at + 12),
-        )  # fmt: skip
+            _get(board.slots, at + 8), _get(board.slots, at + 9), _get(board.slots, at + 10), _get(board.slots, at + 11)
+        )
     return item_of(sequence, block, q_start, extend_len, prefix_len, rest, part, c)

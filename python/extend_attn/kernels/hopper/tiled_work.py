@@ -6,13 +6,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from ...plan.legality_hopper_tiled import SPLIT_BLOCKS_MAX
 from .gluon_compat import struct
 from .ring import Ring
 
 ROWS: gl.constexpr = gl.constexpr(64)  # query rows of a consumer: one warpgroup product is that high
 MIN_TILES: gl.constexpr = gl.constexpr(5)  # key tiles of a part: shorter ones cost more than they save
-ROW_BLOCKS_MAX: gl.constexpr = gl.constexpr(SPLIT_BLOCKS_MAX)  # of a batch whose items are split
 
 
 @struct
@@ -23,8 +21,8 @@ class Shape:
     of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns, or, if
     LATENT, where values are the first columns of keys, consumers (tiled_latent.py); APART: those of new tokens are not.
     QUERIES: query tiles a consumer, this item's and the next one's if there are two. ONE_RING: keys and values share a
-    ring. STAGED: the output leaves through the query's place. SPLIT: an item's keys are cut into parts, of one length
-    or as EVEN shares (tiled_shares.py). PDL: the kernel ahead may still run. GATHERS: rows come by asynchronous copies,
+    ring. STAGED: the output leaves through the query's place. SPLIT: an item's keys are cut into parts. PDL: the
+    kernel ahead may still run. GATHERS: rows come by asynchronous copies,
     which consumers must fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py calls the pool's codes.
     BY_POSITION: the window goes by ``q_positions``. SLACK: see weigh. UNSEEN: a row may see no key of an item. S, O, P:
     the layouts of a consumer's logits, accumulator, weights.
@@ -48,7 +46,6 @@ class Shape:
     LATENT: gl.constexpr
     APART: gl.constexpr
     SPLIT: gl.constexpr
-    EVEN: gl.constexpr
     PDL: gl.constexpr
     HAS_POOL: gl.constexpr
     GATHERS: gl.constexpr
@@ -134,14 +131,12 @@ class Memory:
 
 @struct
 class Part:
-    """Key tiles [begin, end) of an item, part ``number`` of ``parts``; ``patience``: whether to wait for the others, as
-    in merge.py."""
+    """Key tiles [begin, end) of an item, part ``number`` of ``parts``."""
 
     begin: gl.tensor
     end: gl.tensor
     number: gl.tensor
     parts: gl.tensor
-    patience: gl.tensor
 
 
 @struct
@@ -197,7 +192,7 @@ class Place:
 @gluon.jit
 def whole():
     """An item's only part, where nothing is split."""
-    return Part(gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(0))
+    return Part(gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(1))
 
 
 @gluon.jit
@@ -241,7 +236,7 @@ def equal_part(item, number, call, c):
     parts = gl.maximum(gl.minimum(tiles // MIN_TILES, call.splits), 1)
     size = gl.cdiv(tiles, parts)
     begin = number * size
-    return Part(begin, gl.minimum(begin + size, tiles), number, gl.cdiv(tiles, size), call.patience)
+    return Part(begin, gl.minimum(begin + size, tiles), number, gl.cdiv(tiles, size))
 
 
 @gluon.jit
