@@ -44,6 +44,8 @@ class Sources:
 
 RUN = gl.constexpr(64)  # consecutive slots that are worth TMA (latent keys alone: elsewhere copies are as fast)
 PANEL = gl.constexpr(64)  # columns of a swizzled panel
+PIECE = gl.constexpr(32)
+PAUSE = gl.constexpr(0)
 
 
 @gluon.jit
@@ -97,33 +99,56 @@ def load_values(desc, item, tile, head, ring, n, arrivals: gl.constexpr, c):
 
 
 @gluon.jit
-def panel_of(rows, LAYOUT: gl.constexpr):
-    """[rows, PANEL] pointers to the first columns of ``rows``."""
-    pointers = rows[:, None] + gl.arange(0, PANEL, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    return gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])
+def gather(
+    rows, exists, column, limit: gl.constexpr, PADDED: gl.constexpr, HIDDEN: gl.constexpr, destination,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Copies columns from ``column`` on, as many as the destination has, of the rows at pointers ``rows``; zeros from
+    ``limit`` on, if PADDED, and for rows that do not exist, if HIDDEN."""
+    offset = column + gl.arange(0, destination.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    pointers = gl.max_contiguous(gl.multiple_of(rows[:, None] + offset[None, :], [1, 16]), [1, 8])
+    if HIDDEN:
+        gather_load(destination, pointers, mask=exists[:, None] & (offset < limit)[None, :])
+    elif PADDED:
+        gather_load(destination, pointers, mask=(offset < limit)[None, :])
+    else:
+        gather_load(destination, pointers)
 
 
 @gluon.jit
-def gather(
-    rows, exists, column, limit: gl.constexpr, PADDED: gl.constexpr, HIDDEN: gl.constexpr, barrier, destination,
+def pause():
+    """Time for others' instructions that the copies' queue holds up."""
+    if PAUSE > 0:
+        gl.inline_asm_elementwise(
+            "nanosleep.u32 $1; mov.b32 $0, $1;", "=r,r", [gl.to_tensor(PAUSE)], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon.jit
+def piece_of(base, stride, slots, PIECE_: gl.constexpr, LAYOUT: gl.constexpr):
+    """Pointers to the rows of a piece of a tile, whose ``slots`` lie in shared memory, doubled."""
+    SIZE: gl.constexpr = piece_size(slots.shape[0])
+    return rows_at(base, slots.slice(PIECE_ * SIZE, SIZE).load(gl.SliceLayout(1, LAYOUT)), stride)
+
+
+@gluon.jit
+def gather_slots(
+    base, stride, slots, rows, column, limit: gl.constexpr, PADDED: gl.constexpr, destination, barrier,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Columns from ``column`` on, as many as the destination has, of rows whose first PANEL columns ``rows`` points to;
-    zeros from column ``limit`` on, if PADDED, and for rows that do not exist, if HIDDEN."""
-    PANELS: gl.constexpr = destination.shape[1] // PANEL
-    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    panels = reinterpret(destination, destination.dtype, [PANELS, destination.shape[0], PANEL], SWIZZLED)
-    inside = gl.arange(0, PANEL, layout=gl.SliceLayout(0, LAYOUT))
-    for panel in gl.static_range(PANELS):
-        offset = column + panel * PANEL
-        pointers = gl.max_contiguous(gl.multiple_of(rows + offset, [1, 16]), [1, 8])
-        if HIDDEN:
-            gather_load(panels.index(panel), pointers, mask=exists[:, None] & (inside < limit - offset)[None, :])
-        elif PADDED:
-            gather_load(panels.index(panel), pointers, mask=(inside < limit - offset)[None, :])
-        else:
-            gather_load(panels.index(panel), pointers)
+    """``gather`` of the rows of ``slots``; ``rows`` is the tile's first piece."""
+    SIZE: gl.constexpr = piece_size(slots.shape[0])
+    for piece in gl.static_range(slots.shape[0] // SIZE):
+        if piece > 0:
+            pause()
+            rows = piece_of(base, stride, slots, piece, LAYOUT)
+        gather(rows, rows, column, limit, PADDED, False, destination.slice(piece * SIZE, SIZE), LAYOUT)
     async_copy.mbarrier_arrive(barrier, increment_count=False)
+
+
+@constexpr_function
+def piece_size(keys):
+    return min(keys, PIECE if keys > 64 else 64)
 
 
 @struct
@@ -152,8 +177,7 @@ def all_keys_layout(keys, warps):
 @constexpr_function
 def slots_memory(keys):
     """Rows that one thread copies (every 16th: four warps of four) lie side by side."""
-    rows = (keys // 16).bit_length() - 1
-    return gl.SharedLinearLayout([[16 << i] for i in range(rows)] + [[1 << i] for i in range(4)])
+    return gl.SwizzledSharedLayout(1, 1, 1, [0])
 
 
 @gluon.jit
@@ -237,20 +261,17 @@ def rows_of(base, slots, stride, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def panel_at(base, slots, stride, LAYOUT: gl.constexpr):
-    """[rows, PANEL] pointers to the first columns of the rows of ``slots``. A slot and a stride of 32 bits each are
-    multiplied as such: left to itself the compiler multiplies 64 bits by 64."""
-    column = gl.arange(0, PANEL, layout=gl.SliceLayout(0, LAYOUT))
+def rows_at(base, slots, stride):
+    """Pointers to the rows of ``slots``, which are doubled, as bytes are of 16-bit elements. A slot and a stride of 32
+    bits each are multiplied as such: left to itself the compiler multiplies 64 bits by 64."""
     if stride.dtype == gl.int32:
-        first = (base + column).to(gl.uint64, bitcast=True)
         rows = gl.inline_asm_elementwise(
-            "mad.wide.u32 $0, $1, $2, $3;", "=l,r,r,l", [slots[:, None], stride * 2, first[None, :]],
+            "mad.wide.u32 $0, $1, $2, $3;", "=l,r,r,l", [slots, stride, base.to(gl.uint64, bitcast=True)],
             dtype=gl.uint64, is_pure=True, pack=1,
         )  # fmt: skip
-        pointers = rows.to(base.dtype, bitcast=True)
-        return gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])
+        return rows.to(base.dtype, bitcast=True)
     else:
-        return panel_of(rows_of(base, slots, stride, LAYOUT), LAYOUT)
+        return base + (slots.to(gl.uint32) // 2).to(gl.int64) * stride
 
 
 @gluon.jit
@@ -276,20 +297,23 @@ def words_of(pool, head, slots, stride_head, stride, LAYOUT: gl.constexpr):
 def gather_keys(sources, head, slots, ring, n, LAYOUT: gl.constexpr, c):
     """Keys, whose pool slots lie in shared memory."""
     PADDED: gl.constexpr = c.HEAD_DIM != c.K_COLUMNS * c.K_CHUNKS
-    slots = slots.load(gl.SliceLayout(1, LAYOUT))
     if c.FP8:
-        rows = words_of(sources.k_pool, head, slots, sources.stride_kg, sources.stride_ks, LAYOUT)
+        own = slots.load(gl.SliceLayout(1, LAYOUT)).to(gl.uint32) // 2
+        rows = words_of(sources.k_pool, head, own, sources.stride_kg, sources.stride_ks, LAYOUT)
         exists = gl.full([c.BLOCK_N], 1, gl.int1, gl.SliceLayout(1, LAYOUT))
     else:
-        rows = panel_at(sources.k_pool + head.to(gl.int64) * sources.stride_kg, slots, sources.stride_ks, LAYOUT)
+        base = sources.k_pool + head.to(gl.int64) * sources.stride_kg
+        rows = piece_of(base, sources.stride_ks, slots, 0, LAYOUT)
     for chunk in gl.static_range(c.K_CHUNKS):
         at = n * c.K_CHUNKS + chunk
-        column = chunk * c.K_COLUMNS
         if c.FP8:
             convert(rows, exists, chunk * c.K_COLUMNS, c.HEAD_DIM, c.K_COLUMNS, ring, at, LAYOUT, c)
         else:
             ring.wait_empty(at)
-            gather(rows, rows, column, c.HEAD_DIM, PADDED, False, ring.filled(at), ring.slot(at), LAYOUT)
+            gather_slots(
+                base, sources.stride_ks, slots, rows, chunk * c.K_COLUMNS, c.HEAD_DIM, PADDED, ring.slot(at),
+                ring.filled(at), LAYOUT,
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -297,22 +321,27 @@ def gather_values(sources, item, tiles, t, head, slots, ring, n, LAYOUT: gl.cons
     """Tile t's values, whose pool slots lie in shared memory."""
     PADDED: gl.constexpr = c.HEAD_DIM_V != c.BLOCK_DV * c.V_SLICES
     column = item.v_slice * c.BLOCK_DV
-    slots = slots.load(gl.SliceLayout(1, LAYOUT))
     if c.MASK_PREFIX:
         exists = some_row_sees(t, tiles, item, call, LAYOUT, c)
     elif c.FP8:
         exists = gl.full([c.BLOCK_N], 1, gl.int1, gl.SliceLayout(1, LAYOUT))
-    else:
-        exists = slots
     if c.FP8:
-        rows = words_of(sources.v_pool, head, slots, sources.stride_vg, sources.stride_vs, LAYOUT) + column // 4
+        own = slots.load(gl.SliceLayout(1, LAYOUT)).to(gl.uint32) // 2
+        rows = words_of(sources.v_pool, head, own, sources.stride_vg, sources.stride_vs, LAYOUT) + column // 4
         convert(rows, exists, 0, c.HEAD_DIM_V, c.BLOCK_DV, ring, n, LAYOUT, c)
     else:
-        rows = panel_at(sources.v_pool + head.to(gl.int64) * sources.stride_vg, slots, sources.stride_vs, LAYOUT)
-        ring.wait_empty(n)
-        gather(
-            rows, exists, column, c.HEAD_DIM_V, PADDED, c.MASK_PREFIX, ring.filled(n), ring.slot(n), LAYOUT
-        )
+        base = sources.v_pool + head.to(gl.int64) * sources.stride_vg
+        if c.MASK_PREFIX:
+            rows = rows_at(base, slots.load(gl.SliceLayout(1, LAYOUT)), sources.stride_vs)
+            ring.wait_empty(n)
+            gather(rows, exists, column, c.HEAD_DIM_V, True, True, ring.slot(n), LAYOUT)
+            async_copy.mbarrier_arrive(ring.filled(n), increment_count=False)
+        else:
+            rows = piece_of(base, sources.stride_vs, slots, 0, LAYOUT)
+            ring.wait_empty(n)
+            gather_slots(
+                base, sources.stride_vs, slots, rows, column, c.HEAD_DIM_V, PADDED, ring.slot(n), ring.filled(n), LAYOUT
+            )
 
 
 @gluon.jit
@@ -332,8 +361,8 @@ def new_values(sources, item, tiles, t, head, ring, n, ARRIVALS: gl.constexpr, c
         rows = new_rows(sources, item, tiles, t, head, LAYOUT, c)
         ring.wait_empty(n)
         column = item.v_slice * c.BLOCK_DV
-        panel = panel_of(rows, LAYOUT)
-        gather(panel, exists, column, c.HEAD_DIM_V, True, True, ring.filled(n), ring.slot(n), LAYOUT)
+        gather(rows, exists, column, c.HEAD_DIM_V, True, True, ring.slot(n), LAYOUT)
+        async_copy.mbarrier_arrive(ring.filled(n), increment_count=False)
     else:
         load_values(sources.v, item, tiles.new_hi - 1 - t, head, ring, n, ARRIVALS, c)
 
@@ -366,7 +395,7 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
             keys_at = key_place(n, t, tiles, c)
             values_at = value_place(n - 1, t - 1, tiles, c)
             if c.HAS_POOL:
-                memory.slots.index(n & 1).store(ahead)
+                memory.slots.index(n & 1).store(ahead * 2)
                 ahead = slots_of(kv_indices, item, tiles, t + 1, LANES, c)
             if t < tiles.end:
                 if (not c.UNIFIED) and t < tiles.new_tiles:
