@@ -23,8 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_compat import reinterpret, sync, tma_load
 from .tiled_epilogue import store, store_part
+from .tiled_gather import arrived, gather, load_runs, no_slots, rows_of, runs_of
 from .tiled_masks import BOTH, NEW, first_key, sees, some_row_sees
-from .tiled_producer import arrived, gather, load_runs, new_rows, no_slots, rows_of, runs_of
+from .tiled_producer import new_rows
 from .tiled_schedule import announce, announced, count_blocks, receive, search_at
 from .tiled_softmax import logits, scales, temperature_of
 from .tiled_work import ROWS, Item, box_at, place_of, tiles_of
