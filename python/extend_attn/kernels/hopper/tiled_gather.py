@@ -10,10 +10,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .gluon_compat import constexpr_function, gather_load, reinterpret, struct, tma_load
 
-RUN = gl.constexpr(64)  # consecutive slots that are worth TMA (latent keys alone: elsewhere copies are as fast)
+RUN = gl.constexpr(64)  # consecutive slots that are worth TMA: latent keys alone, elsewhere looking costs more
 PANEL = gl.constexpr(64)  # columns of a swizzled panel
+# Rows of a piece of a tile of 128 keys. Copies of a whole tile at once hold up the consumers' shuffles, exponentials
+# and products in the queue that they share: d128_extend_pref 563 us by 32 rows, 572 by 64, 593 by 16, 642 by 128.
 PIECE = gl.constexpr(32)
-PAUSE = gl.constexpr(0)
 
 
 @struct
@@ -152,16 +153,8 @@ def gather(
 
 @constexpr_function
 def piece_size(keys):
-    return min(keys, PIECE if keys > 64 else 64)
-
-
-@gluon.jit
-def pause():
-    """Time for others' instructions that the copies' queue holds up."""
-    if PAUSE > 0:
-        gl.inline_asm_elementwise(
-            "nanosleep.u32 $1; mov.b32 $0, $1;", "=r,r", [gl.to_tensor(PAUSE)], dtype=gl.int32, is_pure=False, pack=1
-        )
+    """Rows that are copied at a time: tiles of 64 keys gain nothing by pieces."""
+    return PIECE if keys > 64 else keys
 
 
 @gluon.jit
@@ -180,7 +173,6 @@ def gather_slots(
     SIZE: gl.constexpr = piece_size(slots.shape[0])
     for piece in gl.static_range(slots.shape[0] // SIZE):
         if piece > 0:
-            pause()
             rows = piece_of(base, stride, slots, piece, LAYOUT)
         gather(rows, rows, column, limit, PADDED, False, destination.slice(piece * SIZE, SIZE), LAYOUT)
     async_copy.mbarrier_arrive(barrier, increment_count=False)
