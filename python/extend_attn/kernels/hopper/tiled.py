@@ -23,7 +23,7 @@ from .ring import Ring, barriers
 from .tiled_epilogue import finish_part, store
 from .tiled_latent import BOX, PARTS, consume_latent, produce_latent
 from .tiled_masks import ALL, BOTH, END, NEW, NONE, POOL, SOME, before_end, hide, seen
-from .tiled_producer import Sources, produce, slots_memory
+from .tiled_producer import Sources, produce
 from .tiled_products import (
     Seat,
     State,
@@ -271,7 +271,7 @@ def tiled_kernel(
     )  # fmt: skip
     pool_slots = q_slots
     if HAS_POOL and not LATENT:
-        pool_slots = gl.allocate_shared_memory(gl.int32, [2, BLOCK_N], slots_memory(BLOCK_N))
+        pool_slots = gl.allocate_shared_memory(gl.int32, [2, BLOCK_N], WORDS)
     v_ring = k_ring
     if not ONE_RING:
         v_ring = Ring(

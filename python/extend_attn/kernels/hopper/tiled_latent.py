@@ -12,6 +12,7 @@ consumer's scores wait for its products.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -23,8 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..compat import gdc_wait
 from .gluon_compat import reinterpret, sync, tma_load
 from .tiled_epilogue import finish_part, store
+from .tiled_gather import arrived, gather, load_runs, no_slots, rows_of, runs_of
 from .tiled_masks import BOTH, NEW, first_key, sees, some_row_sees
-from .tiled_producer import arrived, gather, load_runs, new_rows, no_slots, panel_of, rows_of, runs_of
+from .tiled_producer import new_rows
 from .tiled_schedule import announce, announced, count_blocks, receive, search_at
 from .tiled_softmax import logits, scales, temperature_of
 from .tiled_work import ROWS, Item, box_at, place_of, tiles_of
@@ -219,7 +221,8 @@ def copy_slot(rows, exists, COLUMN: gl.constexpr, DIM: gl.constexpr, ring, n, LA
     """Columns from COLUMN on of DIM at pointers ``rows``; zeros for rows that do not exist."""
     PADDED: gl.constexpr = DIM < HALVES * c.K_COLUMNS + BOX
     ring.wait_empty(n)
-    gather(panel_of(rows, LAYOUT), exists, COLUMN, DIM, PADDED, c.MASK, ring.filled(n), ring.slot(n), LAYOUT)
+    gather(rows, exists, COLUMN, DIM, PADDED, c.MASK, ring.slot(n), LAYOUT)
+    async_copy.mbarrier_arrive(ring.filled(n), increment_count=False)
 
 
 @gluon.jit
