@@ -234,7 +234,7 @@ def equal_part(item, number, call, c):
     """Part ``number`` of the item in parts of one length, up to call.splits; ``number`` may be past the last."""
     tiles = _all_tiles(item, call, c).end
     parts = gl.maximum(gl.minimum(tiles // MIN_TILES, call.splits), 1)
-    size = gl.cdiv(tiles, parts)
+    size = gl.maximum(gl.cdiv(tiles, parts), 1)
     begin = number * size
     return Part(begin, gl.minimum(begin + size, tiles), number, gl.cdiv(tiles, size))
 
