@@ -16,7 +16,15 @@ from .legality_hopper import (
     packed_held,
     packed_held_max,
 )
-from .legality_hopper_tiled import ROWS, latent, shares_ring, tiled_blocks, tiled_rows, v_is_k
+from .legality_hopper_tiled import (
+    ROWS,
+    latent,
+    shares_ring,
+    tiled_blocks,
+    tiled_items,
+    tiled_rows,
+    v_is_k,
+)
 from .tile import BLOCK_M_MIN, BLOCK_MIN, STAGES_MAX, Plan, Tile
 
 # Families that passed the contract tests on a GPU and were faster there than the plain ones; no other is a default.
@@ -77,9 +85,9 @@ MIN_SPLIT_KEYS, MIN_SPLIT_KEYS_FEW, SPLITS_FEW = 512, 128, 8
 # on an H200 in one, 7.9 in 2; 493 take 7.6, 6.6 in 2 and 5.4 in 4.
 SPLIT_GAIN_KEYS = 320
 SPLIT_MAX = 64
-# Of hopper_tiled, whose parts are whole blocks of rows: 1000 new tokens in 3 splits of 5 tiles take 39 us on an H100,
-# 27 in one; 512 after 8192 take 115 in 5 splits of 27, 196 in one.
-MIN_SPLIT_TILES, TILED_SPLIT_MAX = 16, 16
+# Of hopper_tiled: key tiles of a part at least (1000 new tokens take 21.6 us on an H200 in 2 parts of 8, 24.6 in one),
+# and parts at most.
+MIN_SPLIT_TILES, TILED_SPLIT_MAX = 8, 16
 # From this many new tokens on hopper_tiled takes two heads of a group over 64 tokens rather than 128 tokens of one:
 # 383 against 390 us for 8192 tokens on an H100. So it does up to 64 new tokens, where the other consumer would have
 # none (234 against 379 us for 32 behind 8000, 16 sequences, groups of 4), up to 256, of which the second block of 128
@@ -237,7 +245,7 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     if fp8 or (split_kv == 1 and not (wide or problem.custom_mask or _long(problem))):
         one = Plan("hopper_tiled", tile.merged({"num_stages": 1}))
         tile = one.tile if shares_ring(problem, one) else tile
-    return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=split_kv > 1, source="heuristic")
+    return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=True, source="heuristic")
 
 
 def _few_keys(problem: Problem) -> bool:
@@ -247,7 +255,12 @@ def _few_keys(problem: Problem) -> bool:
 
 def _long(problem: Problem) -> bool:
     """Whether a block of rows is a whole prompt's: its queries and outputs then cost little beside its keys."""
-    return problem.sliding_window <= 0 and problem.max_len_extend >= PAIR_MIN_LEN_EXTEND
+    return problem.sliding_window <= 0 and _is_prompt(problem)
+
+
+def _is_prompt(problem: Problem) -> bool:
+    """Many new tokens, and no more before them."""
+    return problem.max_len_extend >= PAIR_MIN_LEN_EXTEND and problem.prefix_hint <= problem.max_len_extend
 
 
 def _pairs(problem: Problem) -> bool:
@@ -255,18 +268,13 @@ def _pairs(problem: Problem) -> bool:
     tokens = problem.max_len_extend
     if problem.custom_mask or max(problem.head_dim_qk, problem.head_dim_v) > 256:
         return True
-    return tokens <= ROWS or PAIR_FROM < tokens <= PAIR_TO or tokens >= PAIR_MIN_LEN_EXTEND
+    return tokens <= ROWS or PAIR_FROM < tokens <= PAIR_TO or _is_prompt(problem)
 
 
 def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool) -> int:
-    """Programs that share the keys of a block of rows: one if blocks fill the GPU, or a window makes them short."""
+    """Parts of one block's keys: as many as fit one wave, and no shorter than what pays for the merge."""
     if problem.sliding_window > 0:
         return 1
-    tokens = ROWS if pack else tiled_rows(problem)
-    blocks = -(-problem.max_len_extend // tokens)
-    slices = 1 if latent(problem) else tiled_blocks(problem)[3]
-    items = max(problem.batch_size, 1) * blocks * slices * problem.num_q_heads // (2 if pack else 1)
-    most_tiles = -(-(problem.prefix_hint + problem.max_len_extend) // block_n)
-    if items >= FULL_WAVE * device.sm_count or items == 0:
-        return 1
-    return max(1, min(device.sm_count // items, most_tiles // MIN_SPLIT_TILES, TILED_SPLIT_MAX))
+    items = tiled_items(problem, 2 if pack else 1, ROWS if pack else tiled_rows(problem))
+    longest = -(-(problem.prefix_hint + problem.max_len_extend) // block_n)
+    return max(1, min(device.sm_count // max(items, 1), longest // MIN_SPLIT_TILES, TILED_SPLIT_MAX))

@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from ..compat import gdc_wait
 from .fp8_staged import convert, copy_layout, hand_over, stage
 from .tiled_gather import slots_of
 from .tiled_masks import some_row_sees
@@ -52,15 +53,14 @@ def produce_fp8(sources, call, memory, staged, ARRIVALS: gl.constexpr, c):
     third keys of tile t + 1; values of tile t follow into the first as soon as its keys are converted."""
     LAYOUT: gl.constexpr = copy_layout(c.BLOCK_N, staged.shape[2], gl.num_warps())
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    if c.PDL:
+        gdc_wait()
     total = count_blocks(call, c)
     n = 0
     number = 0
-    turn = 0
-    announce(memory.board, turn, total, call, c)
-    item, kv_start = announced(memory.board, turn, call, c)
+    item, kv_start = announce(memory.board, number, total, call, c)
     while item.extend_len != 0:
         tiles = tiles_of(item, call, c)
-        works = tiles.begin < tiles.end
         head = item.head_block * c.HEADS // c.GROUP
         kv_indices = sources.kv_indices + kv_start
         k_pool = sources.k_pool + head.to(gl.int64) * sources.stride_kg
@@ -68,8 +68,7 @@ def produce_fp8(sources, call, memory, staged, ARRIVALS: gl.constexpr, c):
         slots = slots_of(kv_indices, item, tiles, tiles.begin, ROWS, c)
         following = slots_of(kv_indices, item, tiles, tiles.begin + 1, ROWS, c)
         if c.QUERIES > 1:
-            if works:
-                load_query(sources.q, item, memory, number, c)
+            load_query(sources.q, item, memory, number, c)
         if _pooled(tiles, tiles.begin, c):
             stage(staged.index(0), k_pool, slots, sources.stride_ks, slots, c.HEAD_DIM, False, LAYOUT)
         async_copy.commit_group()
@@ -98,8 +97,7 @@ def produce_fp8(sources, call, memory, staged, ARRIVALS: gl.constexpr, c):
             async_copy.commit_group()
             if t == tiles.begin:
                 if c.QUERIES == 1:
-                    if works:
-                        load_query(sources.q, item, memory, number, c)
+                    load_query(sources.q, item, memory, number, c)
             elif _pooled(tiles, t - 1, c):
                 async_copy.wait_group(2)
                 place = staged.index((step + 1) % CODE_TILES)
@@ -107,12 +105,11 @@ def produce_fp8(sources, call, memory, staged, ARRIVALS: gl.constexpr, c):
             else:
                 new_values(sources, item, tiles, t - 1, head, memory.v_ring, values_at, ARRIVALS, call, c)
             if t == search_at(tiles):
-                announce(memory.board, turn + 1, total, call, c)
+                announce(memory.board, number + 1, total, call, c)
             slots = following
             following = ahead
             step += 2
             n += 1
         n -= 1
-        number += works.to(gl.int32)
-        turn += 1
-        item, kv_start = announced(memory.board, turn, call, c)
+        number += 1
+        item, kv_start = announced(memory.board, number, c)
