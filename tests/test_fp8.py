@@ -86,3 +86,25 @@ def test_query_is_not_rounded_to_fp8(mode):
     lse = mode.call(case, return_lse=True)[2][:2, 0].tolist()
     wanted = [math.log(2 + math.exp(1.0)), math.log(2 + math.exp(1.0 + 2.0**-6))]
     assert lse == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", modes("tiled", "packed", interpreted=False), indirect=True)
+@pytest.mark.parametrize("far", [0, 20, 32, 33, 60])
+def test_query_keeps_its_range(mode, far):
+    """Elements further apart than fp16 holds, where the largest meets zeros: a query scaled into fp16 would lose the
+    others, and their logits with them."""
+    case = mode.case(
+        lengths=[(2, 3)], heads=(1, 1), dim=64, kv_dtype=torch.float8_e4m3fn, causal=False, dtype=torch.bfloat16
+    )
+    case.kwargs["q_extend"][:2] = 0.0
+    case.kwargs["q_extend"][:2, :, 0] = 2.0**far
+    case.kwargs["q_extend"][:2, :, 1] = 1.0
+    case.kwargs["q_extend"][1, :, 1] = -1.9921875  # all eight bits of a mantissa
+    keys = torch.zeros(3, 1, 64, device=mode.device)
+    keys[:, 0, 1] = torch.tensor([1.0, 2.0, -1.0])
+    put(case.kwargs["k_buffer"], case.kwargs["kv_indices"][:3].long(), keys.to(torch.float8_e4m3fn))
+    case.kwargs["k_extend"][:2] = 0.0
+    case.kwargs["sm_scale"] = 1.0
+    lse = mode.call(case, return_lse=True)[2][:2, 0].tolist()
+    wanted = [math.log(2 + sum(math.exp(q * k) for k in (1.0, 2.0, -1.0))) for q in (1.0, -1.9921875)]
+    assert lse == pytest.approx(wanted, abs=1e-4)

@@ -8,6 +8,7 @@ from ..problem import ELEMENT_SIZE, Problem, bucket
 from .device import DeviceSpec
 from .legality_hopper import (
     PACKED_ROWS_MAX,
+    code_tiles,
     hopper_illegal,
     hopper_shared_memory,
     is_fp8,
@@ -59,8 +60,9 @@ DEEP_HEAD_DIM, DEEP_KEYS = 256, 512
 STAGES_MIN = 3
 # A ring is not deeper than its use: 50 sequences of 57 tokens at head dim 64 take 13.4 us with 4 slots, 14.2 with 8.
 STAGES_SMALL, SMALL_HEAD_DIM, SMALL_HEAD_DIM_SHORT = 4, 64, 128
-# Beside 32 rows and more two slots of fp8 keys are faster than three: 14 sequences of 6978 tokens, 104 and 121 us.
-STAGES_FP8, STAGES_FP8_ROWS = 2, 32
+# Four slots of fp8 keys are faster than three where codes have places beside them (fp8_decode64 175 and 181 us on an
+# H200), but beside 32 rows and more two: 14 sequences of 6978 tokens, 104 and 121 us.
+STAGES_MIN_FP8, STAGES_FP8, STAGES_FP8_ROWS = 4, 2, 32
 # Long prefixes without a window that fill about one wave are cut into even runs of keys, one a multiprocessor, since a
 # host cannot know whether they are of one length: on an H100 32 sequences of 1 to 16000 tokens take 360 us so, 409 as
 # they are; 32 of 8000 take 355 and 351. At head dim 128 it cost 3.5 % where lengths were equal. fp8 codes bind the
@@ -179,7 +181,10 @@ def _stages(problem: Problem, tile: Tile, deep: bool, device: DeviceSpec) -> int
     most = STAGES_SMALL if block_d <= small else STAGES_MAX
     if is_fp8(problem) and tile.block_m >= STAGES_FP8_ROWS:
         most = STAGES_FP8
-    stages = min(max(STAGES_MIN, (RING_BYTES_OF_A_WAVE if deep else RING_BYTES) // slot), most)
+    least = STAGES_MIN
+    if code_tiles(problem, Plan("hopper_packed", tile.merged({"num_stages": STAGES_MIN_FP8}))) > 0:
+        least = STAGES_MIN_FP8
+    stages = min(max(least, (RING_BYTES_OF_A_WAVE if deep else RING_BYTES) // slot), most)
     while stages > 2 and _too_large(problem, tile, stages, device):
         stages -= 1
     return stages
@@ -219,7 +224,8 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     At head dim 256 keys and values of short blocks share a ring of three slots, which makes room for the next item's
     query: 126 against 135 us for 16 chunks of 1024 on an H200, but 364 against 354 for a prompt of 8192.
     """
-    wide = problem.head_dim_qk <= 192 and problem.head_dim_v <= 128 and not (problem.custom_mask or is_fp8(problem))
+    fp8 = is_fp8(problem)
+    wide = problem.head_dim_qk <= (128 if fp8 else 192) and problem.head_dim_v <= 128 and not problem.custom_mask
     tile = Tile(tiled_rows(problem), 128 if wide else 64, 8, 2)
     if wide and _few_keys(problem):
         tile = tile.merged({"block_n": 64, "num_stages": 3})
@@ -227,7 +233,8 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
         tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
     pack = problem.group % 2 == 0 and not latent(problem) and _pairs(problem)
     split_kv = tiled_splits(problem, device, tile.block_n, pack)
-    if split_kv == 1 and not (wide or problem.custom_mask or is_fp8(problem) or _long(problem)):
+    # beside fp8 codes on their way there is no room for two tiles of each
+    if fp8 or (split_kv == 1 and not (wide or problem.custom_mask or _long(problem))):
         one = Plan("hopper_tiled", tile.merged({"num_stages": 1}))
         tile = one.tile if shares_ring(problem, one) else tile
     return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=split_kv > 1, source="heuristic")

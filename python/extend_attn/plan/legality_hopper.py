@@ -7,7 +7,7 @@ from typing import Callable, Dict, Optional, Tuple
 from ..problem import ELEMENT_SIZE, Problem
 from .blocks import next_power_of_2
 from .device import DeviceSpec
-from .legality_hopper_tiled import tiled_illegal, tiled_shared_memory, v_is_k
+from .legality_hopper_tiled import SHARED_MEMORY, tiled_illegal, tiled_shared_memory, v_is_k
 from .tile import Plan, Tile
 
 GLUON_TRITON = (3, 6)  # the first whose Gluon has warp specialisation with registers for each partition
@@ -20,6 +20,7 @@ PACKED_ROWS_MAX = 64
 # programs a multiprocessor, of 200 to 240, and of 160 where four warpgroups share the registers.
 HELD_OF_TWO, HELD_MAX, HELD_MAX_CROWDED = 80, 176, 112
 NARROW_PRODUCER = 64  # keys a tile up to which a producer needs no more than 72 registers
+CODE_TILES = 2  # of fp8 codes, keys and values each: one is converted while the other is on its way
 BARRIERS = 2560  # bytes: mbarriers, what warp specialisation keeps in shared memory, sums across warps
 
 
@@ -124,7 +125,24 @@ def _packed_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optiona
     return None
 
 
+def code_tiles(problem: Problem, plan: Plan) -> int:
+    """Places for tiles of fp8 codes, as many of keys as of values: CODE_TILES, or 0 where the ring leaves no room."""
+    fits = _ring_and_query(problem, plan) + _codes(problem, plan) <= SHARED_MEMORY
+    return CODE_TILES if is_fp8(problem) and fits else 0
+
+
 def _packed_shared_memory(problem: Problem, plan: Plan) -> int:
+    return _ring_and_query(problem, plan) + (_codes(problem, plan) if code_tiles(problem, plan) else 0)
+
+
+def _codes(problem: Problem, plan: Plan) -> int:
+    """Bytes of all places for codes; the rest of K beside BLOCK_D is padded to as much."""
+    block_d, block_pe = packed_blocks(problem)
+    columns = block_d * (2 if block_pe else 1) * (1 if v_is_k(problem) else 2)
+    return CODE_TILES * plan.tile.block_n * columns
+
+
+def _ring_and_query(problem: Problem, plan: Plan) -> int:
     tile = plan.tile
     block_d, block_pe = packed_blocks(problem)
     pe_stages = tile.num_stages if v_is_k(problem) else (tile.num_stages + 1) // 2

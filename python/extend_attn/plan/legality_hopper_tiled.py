@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Optional, Tuple
 
 from ..problem import ELEMENT_SIZE, Problem
+from .blocks import next_power_of_2
 from .device import DeviceSpec
 from .tile import Plan
 
@@ -19,6 +20,7 @@ HELD_MAX = 176  # registers that hold logits, weights and accumulator, of 232 to
 MASK_KEYS_MAX = 64  # keys of a tile: a mask's bytes take a register each from load to use
 FP8_HEAD_DIM_MAX = 256
 RING_SLOTS = 3  # of one ring for keys and values: two in use, one on its way
+CODE_TILES = 3  # tiles of fp8 codes on their way: one is converted, two are copied
 SHARED_MEMORY = 232448  # bytes of a block on sm_90
 # Bytes of 50 MB of L2, and items (multiprocessors): 16 chunks of 1024 at head dim 256 take 144 us in one section on an
 # H200, 133 in four; sections of half the size gain no more.
@@ -27,16 +29,18 @@ BARRIERS = 1024  # bytes: mbarriers, work items, what warp specialisation passes
 LAYOUT_SCRATCH = 4096  # bytes: the output changes its layout on its way out, unless it leaves through the query's place
 
 
+def _pool_v_is_k(problem: Problem) -> bool:
+    return problem.v_aliases_k_pool or not problem.has_pool
+
+
 def v_is_k(problem: Problem) -> bool:
     """Whether every V row lies in its K row, so that one read serves both (absorbed MLA)."""
-    pool = problem.v_aliases_k_pool or not problem.has_pool
-    return pool and (problem.unified or problem.v_aliases_k_new)
+    return _pool_v_is_k(problem) and (problem.unified or problem.v_aliases_k_new)
 
 
 def latent(problem: Problem) -> bool:
     """Whether two consumers share rows and a key tile is read once, as keys and as values (tiled_latent.py)."""
-    from_pool = problem.v_aliases_k_pool or not problem.has_pool
-    return from_pool and LATENT_VALUES < problem.head_dim_qk <= LATENT_VALUES + LATENT_REST
+    return _pool_v_is_k(problem) and LATENT_VALUES < problem.head_dim_qk <= LATENT_VALUES + LATENT_REST
 
 
 def tiled_blocks(problem: Problem) -> Tuple[int, int, int, int]:
@@ -110,6 +114,12 @@ def tiled_queries(problem: Problem, plan: Plan) -> int:
     return 2 if fits and slices == 1 and plan.split_kv == 1 else 1
 
 
+def code_columns(problem: Problem) -> int:
+    """Columns of a staged row of an fp8 pool: what keys or values have, up to a power of two."""
+    columns, chunks, block_dv, _ = tiled_blocks(problem)
+    return max(next_power_of_2(columns * chunks), block_dv)
+
+
 def tiled_sections(problem: Problem, items: int) -> int:
     """Sections in which the KV heads of ``items`` work items are gone through, so that the L2 holds a section's keys
     and values; each keeps all multiprocessors busy."""
@@ -129,6 +139,8 @@ def _bytes(problem: Problem, plan: Plan, queries: int) -> int:
     columns, chunks, block_dv, slices = tiled_blocks(problem)
     keys = columns * chunks
     scratch = 0 if slices > 1 or (queries > 1 and problem.out_dtype == problem.dtype) else LAYOUT_SCRATCH
+    if problem.has_pool and problem.kv_dtype != problem.dtype:
+        scratch += CODE_TILES * plan.tile.block_n * code_columns(problem)
     if latent(problem):
         elements = (ROWS + plan.tile.num_stages * plan.tile.block_n) * (keys + LATENT_REST)
         elements += ROWS * plan.tile.block_n  # weights that consumers exchange

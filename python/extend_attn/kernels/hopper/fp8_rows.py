@@ -1,4 +1,4 @@
-"""Rows of an fp8 pool: loaded as codes, converted in registers, stored into the ring in 16 bits.
+"""Codes of an fp8 pool to 16 bits; and the packed kernel's producers where shared memory has no room for codes.
 
 Both conversions are exact, and NaN and Inf codes stay what they are. Values go to fp16, whose exponent holds every
 code: e5m2 is an fp16's upper byte, e4m3 has an instruction. Keys beside a bf16 query go to bf16 by bits: sign, exponent
@@ -92,23 +92,29 @@ def load_codes(rows, exists, COLUMN: gl.constexpr, WIDTH: gl.constexpr, DIM: gl.
 
 
 @gluon.jit
-def put_codes(
-    slot, words, COLUMN: gl.constexpr, KIND: gl.constexpr, HALF: gl.constexpr, THROUGH_FP32: gl.constexpr = False
-):
-    """Words of four codes into columns of a slot, as fp16 (HALF) or bf16. THROUGH_FP32 is shorter: it is hopper_tiled's
-    way (fp8_extend_pref: 365 us on an H200, 488 by shifts on an H100), and not measured in hopper_packed."""
+def to_pairs(words, KIND: gl.constexpr, HALF: gl.constexpr, THROUGH_FP32: gl.constexpr):
+    """Words of four codes as twice as many of two values."""
     ASSEMBLY: gl.constexpr = _assembly(KIND, HALF, THROUGH_FP32)
     low, high = gl.inline_asm_elementwise(
         ASSEMBLY, "=r,=r,r", [words], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
     )
-    pairs = gl.join(low, high).reshape([words.shape[0], words.shape[1] * 2])
+    return gl.join(low, high).reshape([words.shape[0], words.shape[1] * 2])
+
+
+@gluon.jit
+def put_codes(
+    slot, words, COLUMN: gl.constexpr, KIND: gl.constexpr, HALF: gl.constexpr, THROUGH_FP32: gl.constexpr = False
+):
+    """Words of four codes into columns of a slot, as fp16 (HALF) or bf16; THROUGH_FP32 is shorter, but spills where a
+    whole tile of codes is in registers."""
+    pairs = to_pairs(words, KIND, HALF, THROUGH_FP32)
     WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
     in_words = reinterpret(slot, gl.int32, [slot.shape[0], slot.shape[1] // 2], WORDS)
     in_words.slice(COLUMN // 2, words.shape[1] * 2, 1).store(pairs)
 
 
 @gluon.jit
-def _put_new(slot, rows, exists, COLUMN: gl.constexpr, WIDTH: gl.constexpr, SKIP: gl.constexpr, DIM: gl.constexpr,
+def put_new(slot, rows, exists, COLUMN: gl.constexpr, WIDTH: gl.constexpr, SKIP: gl.constexpr, DIM: gl.constexpr,
              WARPS: gl.constexpr):  # fmt: skip
     """New rows, which are in 16 bits already: columns of the slot from COLUMN on, of the row from SKIP on."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
@@ -184,10 +190,10 @@ def produce_fp8(call, shape, share, ring, pe, pairs, num_splits, V: gl.constexpr
                 rows_new = new + (work.q_start + (work.new_lo + place_new - work.pool_keys)) * stride_new
                 ring.wait_empty(n)
                 for c in gl.static_range(CHUNKS):
-                    _put_new(ring.slot(n), rows_new, seen, c * CHUNK, CHUNK, c * CHUNK, DIM, WARPS)
+                    put_new(ring.slot(n), rows_new, seen, c * CHUNK, CHUNK, c * CHUNK, DIM, WARPS)
                 if PE > 0:
                     k_pe = pe.index(n // STEP % pe.shape[0])
-                    _put_new(k_pe, rows_new, seen, 0, PE, shape.BLOCK_D, DIM, WARPS)
+                    put_new(k_pe, rows_new, seen, 0, PE, shape.BLOCK_D, DIM, WARPS)
                 fence_async_shared()
                 mbarrier.arrive(ring.filled(n), count=1)
                 n += STEP

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 
 from ...inputs import Inputs
-from ...plan.legality_hopper import is_fp8, packed_blocks, packed_registers, v_is_k
+from ...plan.legality_hopper import code_tiles, is_fp8, packed_blocks, packed_registers, v_is_k
 from ...plan.tile import Plan
 from ...problem import Problem
 from ..compat import launch_options
@@ -48,6 +48,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         PRODUCER_WARPS=PRODUCER_WARPS,
         CONSUMER_REGISTERS=consumer_registers,
         PRODUCER_REGISTERS=producer_registers,
+        CODE_TILES=code_tiles(problem, plan),
     )
     packed = kernel(
         packed_kernel,

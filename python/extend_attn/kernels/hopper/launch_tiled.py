@@ -14,6 +14,7 @@ from ...plan.legality_hopper_tiled import (
     LATENT_REST,
     RING_SLOTS,
     ROWS,
+    code_columns,
     latent,
     shares_ring,
     tiled_blocks,
@@ -88,6 +89,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         CONSUMER_REGISTERS=registers[0],
         PRODUCER_REGISTERS=registers[1],
         PRODUCER_WARPS=PRODUCER_WARPS if gather else 1,
+        CODE_COLUMNS=code_columns(problem) if fp8 else 0,
     )
     numbers = (
         *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.v_new), *strides(inputs.o),
@@ -106,7 +108,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         keys, box, values = keys // 2, LATENT_REST, LATENT_REST
     boxes = (ROWS, box), (keys, box), (keys, values), (ROWS, block_dv) if staged else None
     runs = None
-    if on["HAS_POOL"] and latent(problem) and not on["MASK_PREFIX"]:  # elsewhere copies are as fast
+    if on["HAS_POOL"] and latent(problem) and not on["MASK_PREFIX"]:  # elsewhere looking costs more
         runs = keys, PANEL
     if plan.split_kv == 1:
         return Recipe((tiled,), functools.partial(_tensors, boxes, runs))

@@ -5,7 +5,7 @@ list, or a share of it; many rows are shared by two consumers. Operands are swap
 that warpgroup products, 64 high, run over keys and value columns, and the few rows are their narrow side. K and V go
 from the ring straight to the tensor cores; only Q and P take shared memory beside it.
 
-    producer warps    rows gathered by asynchronous copies (gather.py), or converted from fp8 (fp8_rows.py)
+    producer warps    rows gathered by asynchronous copies (gather.py), or converted from fp8 (packed_fp8.py)
       -> ring         K and V tiles in turn
     consumers         S^T, mask, softmax, P to shared memory, O^T; at the end the result, or a split's part of it
 
@@ -14,11 +14,7 @@ Programs that share a list merge their parts at the end of the same launch (merg
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .ahead import look_ahead, prefetch_lengths
@@ -27,6 +23,7 @@ from .fp8_rows import produce_fp8
 from .gather import produce
 from .gluon_compat import reinterpret
 from .merge import finish_pair
+from .packed_fp8 import produce_staged
 from .packed_masks import rows_see, whole_places
 from .packed_work import Call, Shape
 from .ring import Ring, barriers
@@ -79,8 +76,8 @@ def _here(x):
 
 @gluon.jit
 def _consume(
-    WHO: gl.constexpr, WAIT: gl.constexpr, call, shape, share, ring, pe, queries, queries_pe, weights, pairs,
-    num_splits, patience, num_indices, num_slots,
+    WHO: gl.constexpr, WAIT: gl.constexpr, call, shape, share, ring, pe, queries, queries_pe, weights, flags,
+    pairs, num_splits, patience, num_indices, num_slots,
 ):  # fmt: skip
     """A consumer's partition. Nothing passes between two of them: each waits for itself, and so one's softmax goes on
     beside the other's products."""
@@ -123,7 +120,8 @@ def _consume(
                 scale = call.sm_scale  # the pool's is the same
 
             ring.wait_full(n)
-            fence_async_shared()  # rows came through the generic proxy
+            if not shape.FP8:  # rows came through the generic proxy; one that converts them fences them off itself
+                fence_async_shared()
             zeros = gl.zeros([shape.BLOCK_N, shape.ROWS], gl.float32, MMA)
             at = _here(WHO)
             s = warpgroup_mma(ring.slot(n), queries.index(at).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -143,7 +141,7 @@ def _consume(
                 scale = gl.to_tensor(1.0)
             moves = i == work.first
             if not moves:
-                moves = any_over(s * scale - m_i[None, :], SLACK)
+                moves = any_over(s * scale - m_i[None, :], SLACK, flags.index(WHO))
             if moves:
                 m_new = gl.max(s * scale, 0)
                 m_new = gl.where(m_new > m_i + SLACK, m_new, m_i)
@@ -158,7 +156,8 @@ def _consume(
                     acc = acc * call.v_scale
             if not shape.V_IS_K:
                 ring.wait_full(n)
-                fence_async_shared()
+                if not shape.FP8:
+                    fence_async_shared()
             p_tile = weights.index(at)
             if shape.V_HALF:
                 if shape.UNIFIED or i < work.pool_tiles:
@@ -182,7 +181,8 @@ def _consume(
 
 
 @gluon.jit
-def _produce(V: gl.constexpr, WAIT: gl.constexpr, WARPS: gl.constexpr, call, shape, share, ring, pe, pairs, num_splits):
+def _produce(V: gl.constexpr, WAIT: gl.constexpr, WARPS: gl.constexpr, call, shape, share, ring, pe, codes, pairs,
+             num_splits):  # fmt: skip
     """The partition of the producer of rows in 16 bits."""
     if WAIT:
         gdc_wait()
@@ -190,12 +190,15 @@ def _produce(V: gl.constexpr, WAIT: gl.constexpr, WARPS: gl.constexpr, call, sha
 
 
 @gluon.jit
-def _produce_fp8(V: gl.constexpr, WAIT: gl.constexpr, WARPS: gl.constexpr, call, shape, share, ring, pe, pairs,
-                 num_splits):  # fmt: skip
+def _produce_fp8(V: gl.constexpr, WAIT: gl.constexpr, WARPS: gl.constexpr, call, shape, share, ring, pe, codes,
+                 pairs, num_splits):  # fmt: skip
     """The partition of the producer of fp8 keys or values."""
     if WAIT:
         gdc_wait()
-    produce_fp8(call, shape, share, ring, pe, pairs, num_splits, V, WARPS)
+    if shape.CODE_TILES > 0:
+        produce_staged(call, shape, share, ring, pe, codes, pairs, num_splits, V, WARPS)
+    else:
+        produce_fp8(call, shape, share, ring, pe, pairs, num_splits, V, WARPS)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
@@ -277,6 +280,7 @@ def packed_kernel(
     PRODUCER_WARPS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
+    CODE_TILES: gl.constexpr,
 ):
     ROWS: gl.constexpr = BLOCK_M // CONSUMERS
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
@@ -285,12 +289,19 @@ def packed_kernel(
     queries = gl.allocate_shared_memory(kind, [CONSUMERS, ROWS, BLOCK_D], SWIZZLED)
     weights = gl.allocate_shared_memory(kind, [CONSUMERS, ROWS, BLOCK_N], SWIZZLED)
     slots = gl.allocate_shared_memory(kind, [STAGES, BLOCK_N, BLOCK_D], SWIZZLED)
+    flags = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     queries_pe = queries
     pe = slots
     if BLOCK_PE > 0:
         PE_STAGES: gl.constexpr = STAGES if V_IS_K else (STAGES + 1) // 2
         queries_pe = gl.allocate_shared_memory(kind, [CONSUMERS, ROWS, BLOCK_PE], SWIZZLED)
         pe = gl.allocate_shared_memory(kind, [PE_STAGES, BLOCK_N, BLOCK_PE], SWIZZLED)
+    codes = slots
+    if CODE_TILES > 0:  # of keys, with BLOCK_PE columns of them behind BLOCK_D, then of values
+        PANELS: gl.constexpr = gl.NVMMASharedLayout(64, 32, 2)
+        PLACES: gl.constexpr = CODE_TILES if V_IS_K else 2 * CODE_TILES
+        WORDS: gl.constexpr = (BLOCK_D if BLOCK_PE == 0 else 2 * BLOCK_D) // 4
+        codes = gl.allocate_shared_memory(gl.int32, [PLACES, BLOCK_N, WORDS], PANELS)
     # every thread of a gathering producer arrives when its copies have; a converting one arrives as a whole
     full = barriers(STAGES, 1 if FP8 else PRODUCER_WARPS * 32)
     empty = barriers(STAGES, CONSUMERS)
@@ -300,7 +311,7 @@ def packed_kernel(
     shape = Shape(
         NUM_HEADS, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_PE, BLOCK_M, ROWS, CONSUMERS, BLOCK_N, HAS_POOL, UNIFIED,
         CAUSAL, WINDOW, MASK, MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, window_offsets is not None, LSE,
-        V_SCALED, V_IS_K, NEGATE_Q, APART, FP8, V_HALF, SPLIT, EVEN, MMA,
+        V_SCALED, V_IS_K, NEGATE_Q, APART, FP8, V_HALF, CODE_TILES, SPLIT, EVEN, MMA,
     )  # fmt: skip
     none = qo_indptr  # stands in for a pointer that is off
     call = Call(
@@ -343,9 +354,10 @@ def packed_kernel(
     num_indices, num_slots = gl.to_tensor(num_indices), gl.to_tensor(num_slots)
     WAIT: gl.constexpr = PDL and not EVEN  # in the partitions, which are there by then
     consumer = (
-        call, shape, share, ring, pe, queries, queries_pe, weights, pairs, num_splits, patience, num_indices, num_slots,
+        call, shape, share, ring, pe, queries, queries_pe, weights, flags, pairs, num_splits, patience, num_indices,
+        num_slots,
     )  # fmt: skip
-    producer = (call, shape, share, ring, pe, pairs, num_splits)
+    producer = (call, shape, share, ring, pe, codes, pairs, num_splits)
     if CONSUMERS == 2 and FP8 and not V_IS_K:
         gl.warp_specialize(
             [

@@ -23,8 +23,9 @@ class Shape:
 
     APART: pool and new keys never share a tile, because their type or scale differs. V_HALF: values of an fp8 pool are
     multiplied as fp16 beside a bf16 query; P, at most 2 ** SLACK, loses nothing by that. Not with two consumers, where
-    ptxas (of Triton 3.6) makes a descriptor that the products of both branches use in one of the branches only. SPLIT:
-    a list goes to a fixed number of programs in equal shares; EVEN: all lists together do (shares.py).
+    ptxas (of Triton 3.6) makes a descriptor that the products of both branches use in one of the branches only.
+    CODE_TILES: places for tiles of codes in shared memory; 0: they wait in registers. SPLIT: a list goes to a fixed
+    number of programs in equal shares; EVEN: all lists together do (shares.py).
     """
 
     NUM_HEADS: gl.constexpr
@@ -55,6 +56,7 @@ class Shape:
     APART: gl.constexpr
     FP8: gl.constexpr
     V_HALF: gl.constexpr
+    CODE_TILES: gl.constexpr
     SPLIT: gl.constexpr
     EVEN: gl.constexpr
     MMA: gl.constexpr

@@ -3,6 +3,8 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .gluon_compat import constexpr_function
+
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 SLACK = gl.constexpr(8.0)  # what a maximum may fall behind by: weights of 2 ** 8 are far from fp16's end
@@ -35,12 +37,23 @@ def _of_threads(x):
     return x.reshape([x.shape[0] // 16, 2, 8, x.shape[1] // 8, 4, 2])
 
 
+@constexpr_function
+def _everywhere():
+    """All four flags in each thread."""
+    return gl.DistributedLinearLayout([[1], [2]], [[0]] * 5, [[0]] * 2, [], [4])
+
+
 @gluon.jit
-def any_over(x, limit):
-    """Whether any logit is over ``limit``."""
+def any_over(x, limit, flags):
+    """Whether any logit is over ``limit``. Each warp leaves a word in ``flags`` [4], which takes one barrier; a
+    reduction over the warpgroup takes two, and shuffles."""
     x = gl.max(gl.max(gl.max(_of_threads(x), 5), 3), 1)
     over = (x > limit).to(gl.int32)
-    return gl.max(over.reshape([x.shape[0] * 32]), 0) > 0
+    lanes = over.reshape([over.shape[0] // 4, 4, 32]) if over.shape[0] > 4 else over.reshape([4, 32])
+    if over.shape[0] > 4:
+        lanes = gl.max(lanes, 0)
+    flags.store(gl.max(lanes, 1))
+    return gl.max(flags.load(_everywhere()), 0) > 0
 
 
 @gluon.jit

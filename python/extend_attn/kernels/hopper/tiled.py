@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .ring import Ring, barriers
 from .tiled_epilogue import store, store_part
+from .tiled_fp8 import CODE_TILES, produce_fp8
 from .tiled_latent import BOX, PARTS, consume_latent, produce_latent
 from .tiled_masks import ALL, BOTH, END, NEW, NONE, POOL, SOME, before_end, hide, seen
 from .tiled_producer import Sources, produce
@@ -211,7 +212,7 @@ def tiled_kernel(
     WINDOW: gl.constexpr, MASK: gl.constexpr, MASK_PREFIX: gl.constexpr, SINKS: gl.constexpr, CAP: gl.constexpr,
     TEMPERATURE: gl.constexpr, Q_POSITIONS: gl.constexpr, LSE: gl.constexpr,
     V_SCALED: gl.constexpr, NEGATE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    PRODUCER_WARPS: gl.constexpr,
+    PRODUCER_WARPS: gl.constexpr, CODE_COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are ragged (launch_tiled.py); tensors as in ``Inputs``; numbers in the order of recipe.scalars."""
     RUNS: gl.constexpr = k_runs is not None
@@ -269,6 +270,9 @@ def tiled_kernel(
         gl.allocate_shared_memory(dtype, [K_STAGES * SHARE, KEYS, K_COLUMNS], K_LAYOUT),
         barriers(K_STAGES * SHARE, ARRIVALS), barriers(K_STAGES * SHARE, 2), K_STAGES * SHARE,
     )  # fmt: skip
+    pool_slots = q_slots
+    if HAS_POOL and not (LATENT or FP8):
+        pool_slots = gl.allocate_shared_memory(gl.int32, [2, BLOCK_N], WORDS)
     v_ring = k_ring
     if not ONE_RING:
         v_ring = Ring(
@@ -282,6 +286,7 @@ def tiled_kernel(
         barriers(2 * QUERIES, 1),
         k_ring,
         v_ring,
+        pool_slots,
         weights, maxima, sums, told,
         Ring(
             gl.allocate_shared_memory(gl.int32, [MESSAGES * FIELDS, 1], WORDS),
@@ -289,12 +294,25 @@ def tiled_kernel(
         ),
     )  # fmt: skip
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (consume_latent if LATENT else consume, (0, call, memory, c)),
-            (consume_latent if LATENT else consume, (1, call, memory, c)),
-            (produce_latent if LATENT else produce, (sources, call, memory, ARRIVALS, c)),
-        ],
-        [4, PRODUCER_WARPS],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )
+    if FP8:
+        CODES: gl.constexpr = gl.NVMMASharedLayout(64, 32, 2)
+        staged = gl.allocate_shared_memory(gl.int32, [CODE_TILES, BLOCK_N, CODE_COLUMNS // 4], CODES)
+        gl.warp_specialize(
+            [
+                (consume, (0, call, memory, c)),
+                (consume, (1, call, memory, c)),
+                (produce_fp8, (sources, call, memory, staged, ARRIVALS, c)),
+            ],
+            [4, PRODUCER_WARPS],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume_latent if LATENT else consume, (0, call, memory, c)),
+                (consume_latent if LATENT else consume, (1, call, memory, c)),
+                (produce_latent if LATENT else produce, (sources, call, memory, ARRIVALS, c)),
+            ],
+            [4, PRODUCER_WARPS],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )

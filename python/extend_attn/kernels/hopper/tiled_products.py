@@ -39,6 +39,15 @@ class Seat:
 
 
 @gluon.jit
+def fresh(place):
+    """``place``, anew at each use. Of what stays the same for a whole loop the compiler keeps all addresses that follow
+    from it, which at head dim 512 is more than registers hold, and what is spilled comes back from the L2."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [gl.to_tensor(place)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def start_scores(seat, memory, n, c):
     """Issues S = Q K^T of the key tile in ring position ``n``. Where the ring holds no second tile, each slot is
     released as soon as it is read, except the last."""
@@ -49,7 +58,8 @@ def start_scores(seat, memory, n, c):
         memory.k_ring.wait_full(at)
         if c.GATHERS:
             fence_async_shared()
-        q = memory.q_slots.index(seat.query * c.K_CHUNKS + chunk)
+        query = seat.query * c.K_CHUNKS + chunk
+        q = memory.q_slots.index(fresh(query) if c.K_CHUNKS > 1 else query)
         acc = warpgroup_mma(q, memory.k_ring.slot(at).permute((1, 0)), acc, use_acc=chunk > 0, is_async=True)
         if ONE_TILE and chunk > 0:
             acc = warpgroup_mma_wait(1, [acc])
@@ -87,7 +97,8 @@ def start_products(memory, state, n, c):
     memory.v_ring.wait_full(n)
     if c.GATHERS:
         fence_async_shared()
-    return warpgroup_mma(state.p, memory.v_ring.slot(n), state.o, is_async=True)
+    v = memory.v_ring.slots.index(fresh(0)) if memory.v_ring.stages == 1 else memory.v_ring.slot(n)
+    return warpgroup_mma(state.p, v, state.o, is_async=True)
 
 
 @gluon.jit
