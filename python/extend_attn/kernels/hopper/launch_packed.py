@@ -37,7 +37,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     consumers = tile.num_warps // 4
     constants = dict(
         _constants(inputs, problem),
-        V_HALF=is_fp8(problem) and problem.dtype == "bfloat16" and not v_is_k(problem) and consumers == 1,
+        V_HALF=is_fp8(problem) and problem.dtype == "bfloat16" and problem.unified and not v_is_k(problem),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         STAGES=tile.num_stages,

@@ -159,13 +159,7 @@ def _consume(
                 if not shape.FP8:
                     fence_async_shared()
             p_tile = weights.index(at)
-            if shape.V_HALF:
-                if shape.UNIFIED or i < work.pool_tiles:
-                    acc = _fold_values(acc, p, ring.slot(n), p_tile, gl.float16)
-                else:
-                    acc = _fold_values(acc, p, ring.slot(n), p_tile, kind)
-            else:
-                acc = _fold_values(acc, p, ring.slot(n), p_tile, kind)
+            acc = _fold_values(acc, p, ring.slot(n), p_tile, gl.float16 if shape.V_HALF else kind)
             ring.release(n)
             n += 1
         if shape.V_SCALED:
