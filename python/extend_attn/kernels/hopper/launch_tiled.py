@@ -14,6 +14,7 @@ from ...plan.legality_hopper_tiled import (
     LATENT_REST,
     RING_SLOTS,
     ROWS,
+    WARPS,
     latent,
     shares_ring,
     tiled_blocks,
@@ -27,11 +28,11 @@ from ..recipe import Recipe, features, kernel, scalars, strides
 from .launch_packed import FP8_CODES, codes_of, mask_bytes, multiprocessors
 from .tiled import tiled_kernel
 
-# Registers a thread of (consumers, producer): what setmaxnreg divides the 168 of a launch with 12 warps into. TMA and a
+# By consumers: registers a thread of the launch, and what setmaxnreg makes of them for (consumers, producer). TMA and a
 # gather take 40, with 24 TMA spills between loads; a gather takes 56 where keys are split (one_chunk 93 us with 40, 76
 # with 56). A conversion of fp8 codes holds a tile of them, a mask its bytes.
-PRODUCER_REGISTERS, SPLIT_GATHER_REGISTERS, FP8_REGISTERS = (232, 40), (224, 56), (216, 80)
-MAX_REGISTERS = 168
+REGISTERS = {2: (168, (232, 40)), 3: (128, (160, 32)), 4: (96, (112, 32))}
+SPLIT_GATHER_REGISTERS, FP8_REGISTERS = (224, 56), (216, 80)
 PRODUCER_WARPS = 4  # that gather
 PANEL = 64  # columns of a TMA box of the pool: see tiled_producer.py
 RAGGED_ROWS = 1 << 30  # see tiled_producer.py
@@ -41,7 +42,8 @@ RAGGED_END = 0x7FFF0000  # more than any row
 def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     """What ``plan`` launches for calls like this one."""
     heads = 2 if plan.pack_gqa else 1
-    one_tile = heads == 2 or latent(problem)  # of 64 tokens a program
+    consumers = plan.tile.num_warps // WARPS
+    blocks = 1 if heads == 2 or latent(problem) else consumers  # of 64 tokens a program
     columns, chunks, block_dv, slices = tiled_blocks(problem)
     one_ring = shares_ring(problem, plan)
     queries = tiled_queries(problem, plan)
@@ -49,19 +51,20 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     staged = (queries > 1 or slices > 1) and plan.split_kv == 1
     staged = staged and inputs.o.dtype == inputs.q.dtype
     stages = RING_SLOTS if one_ring else plan.tile.num_stages
-    row_blocks = -(-problem.max_len_extend // (ROWS if one_tile else 2 * ROWS))
+    row_blocks = -(-problem.max_len_extend // (blocks * ROWS))
     items = row_blocks * problem.batch_size * problem.num_q_heads // heads * plan.split_kv
     items *= 1 if latent(problem) else slices
     on = features(inputs, problem)
     on["CAUSAL"] = on["CAUSAL"] and not on["MASK"]
     gather = on["HAS_POOL"] or on["MASK"]
     fp8 = FP8_CODES.get(problem.kv_dtype, 0) if on["HAS_POOL"] else 0
-    registers = PRODUCER_REGISTERS
+    most, registers = REGISTERS[consumers]
     if fp8 or on["MASK"]:
         registers = FP8_REGISTERS
     elif gather and plan.split_kv > 1 and plan.tile.block_n <= 64 and not latent(problem):
         registers = SPLIT_GATHER_REGISTERS
     constants: Dict[str, Any] = dict(
+        CONSUMERS=consumers,
         NUM_HEADS=problem.num_q_heads,
         GROUP=problem.group,
         HEADS=heads,
@@ -99,7 +102,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         numbers,
         constants,
         num_warps=4,
-        maxnreg=MAX_REGISTERS,
+        maxnreg=most,
     )
     keys, box, values = plan.tile.block_n, columns, block_dv
     if latent(problem):
@@ -110,7 +113,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         runs = keys, PANEL
     if plan.split_kv == 1:
         return Recipe((tiled,), functools.partial(_tensors, boxes, runs))
-    row_blocks *= 1 if one_tile else 2
+    row_blocks *= blocks
     tiles = row_blocks * problem.batch_size * problem.num_q_heads
     width = block_dv * slices
     combine, workspaces = combine_after(plan, inputs, problem, width, tiles, row_blocks, plan.pdl, shape=(ROWS, 1))

@@ -12,14 +12,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_compat import struct
-from .tiled_softmax import rescale
+from .tiled_softmax import rescale, unpaired
 from .tiled_work import ROWS
 
 
 @struct
 class State:
-    """A consumer's running softmax: accumulator, maxima and lanes' sums, the weights whose values are still to come,
-    and what the accumulator is still to be multiplied by."""
+    """A consumer's running softmax: accumulator, maxima and lanes' sums, the weights whose values are still to come, in
+    pairs, and what the accumulator is still to be multiplied by."""
 
     o: gl.tensor
     m: gl.tensor
@@ -87,7 +87,8 @@ def start_products(memory, state, n, c):
     memory.v_ring.wait_full(n)
     if c.GATHERS:
         fence_async_shared()
-    return warpgroup_mma(state.p, memory.v_ring.slot(n), state.o, is_async=True)
+    p = gl.convert_layout(unpaired(state.p, memory.v_ring.slots.dtype), c.P, assert_trivial=True)
+    return warpgroup_mma(p, memory.v_ring.slot(n), state.o, is_async=True)
 
 
 @gluon.jit
