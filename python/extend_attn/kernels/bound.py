@@ -31,7 +31,7 @@ _ROWS = {"k_new": NUM_TENSORS, "v_new": NUM_TENSORS + 1}
 _NONE = NUM_TENSORS + 2
 # Tensors whose alignment calls.py tells apart; no other may be specialised by it.
 _ALIGNED = ("q", "k_new", "v_new", "o", "k_pool", "v_pool")
-_DESCRIBED = ("q", "k_new", "v_new", "k_pool", "v_pool", "o")
+_DESCRIBED = ("q", "k_new", "v_new", "k_pool", "o")
 _UNBOUNDED = 1 << 30  # a descriptor's dim of this size has nothing to do with a tensor's rows
 MAX_HANDLES = 4096  # past this what is known is dropped and found anew
 MAX_DESCRIBED = 256  # addresses and rows that a descriptor is kept for; an allocator hands the same few out again
@@ -189,7 +189,7 @@ class _Descriptor:
     def __init__(self, like: Any, inputs: Inputs, apart: Callable[[Any], Sequence[Any]]) -> None:
         name = next((name for name in _DESCRIBED if like.base is getattr(inputs, name)), None)
         if name is None or not hasattr(like, "__dict__"):
-            raise Unbindable(f"a descriptor of {type(like.base).__name__}: not of query, keys, values, pools or output")
+            raise Unbindable(f"a descriptor of {type(like.base).__name__}: not of q, k, v, the key pool or output")
         self.apart, self._kind, self._fields, self._shape = apart, type(like), dict(like.__dict__), list(like.shape)
         self._slot = _SLOTS[name]
         self.rows = _ROWS[name] if name in _ROWS and self._shape[0] == like.base.shape[0] else None

@@ -28,16 +28,18 @@ BARRIERS = 1024  # bytes: mbarriers, work items, what warp specialisation passes
 LAYOUT_SCRATCH = 4096  # bytes: the output changes its layout on its way out, unless it leaves through the query's place
 
 
+def _pool_v_is_k(problem: Problem) -> bool:
+    return problem.v_aliases_k_pool or not problem.has_pool
+
+
 def v_is_k(problem: Problem) -> bool:
     """Whether every V row lies in its K row, so that one read serves both (absorbed MLA)."""
-    pool = problem.v_aliases_k_pool or not problem.has_pool
-    return pool and (problem.unified or problem.v_aliases_k_new)
+    return _pool_v_is_k(problem) and (problem.unified or problem.v_aliases_k_new)
 
 
 def latent(problem: Problem) -> bool:
     """Whether two consumers share rows and a key tile is read once, as keys and as values (tiled_latent.py)."""
-    from_pool = problem.v_aliases_k_pool or not problem.has_pool
-    return from_pool and LATENT_VALUES < problem.head_dim_qk <= LATENT_VALUES + LATENT_REST
+    return _pool_v_is_k(problem) and LATENT_VALUES < problem.head_dim_qk <= LATENT_VALUES + LATENT_REST
 
 
 def tiled_blocks(problem: Problem) -> Tuple[int, int, int, int]:
