@@ -1,4 +1,4 @@
-"""Three and four consumers of hopper_tiled, which take the rows of one head and no key of a pool."""
+"""Four consumers of hopper_tiled, which take the rows of one head and no key of a pool."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from extend_attn.plan import Plan, Tile, illegal
 from extend_attn.plan.candidates import shrinking
 
 NEW = replace(CHUNK, num_kv_indices=0, head_dim_qk=64, head_dim_v=64)
-# around a consumer's 64 rows and programs of 192 and 256
+# around a consumer's 64 rows and a program's 256
 LENGTHS = [(n, 0) for n in (1, 63, 64, 65, 128, 129, 191, 192, 193, 0, 255, 256, 257, 320, 513, 1000)]
 
 
-def plan_with(consumers: int, **changes) -> Plan:
-    plan = Plan("hopper_tiled", Tile(64 * consumers, 64, 4 * consumers, 2))
+def four(**changes) -> Plan:
+    plan = Plan("hopper_tiled", Tile(256, 64, 16, 2))
     return plan.merged(changes) if changes else plan
+
+
+def check(plan: Plan, **spec) -> None:
+    base = dict(dtype=torch.bfloat16, device="cuda", lengths=LENGTHS, heads=(4, 2), dim=64, beyond=0)
+    GPU["hopper_tiled"].check(make_case(**{**base, **spec}), plan=plan.to_json())
 
 
 @gpu
 @hopper
-@pytest.mark.parametrize("consumers, dim", [(3, 64), (3, 96), (3, 128), (4, 64), (4, 40)])
 @pytest.mark.parametrize(
     "spec",
     [
         dict(),
+        dict(dim=40, dim_v=24),
         dict(lead=5, max_len_extend=2000, heads=(3, 3)),
         dict(causal=False),
         dict(window=1),
@@ -42,26 +47,22 @@ def plan_with(consumers: int, **changes) -> Plan:
     ],
     ids=str,
 )
-def test_features(spec, consumers, dim):
-    base = dict(dtype=torch.bfloat16, device="cuda", lengths=LENGTHS, heads=(4, 2), beyond=0)
-    GPU["hopper_tiled"].check(make_case(**{**base, "dim": dim, **spec}), plan=plan_with(consumers).to_json())
+def test_features(spec):
+    check(four(), **spec)
 
 
 @gpu
 @hopper
-@pytest.mark.parametrize("consumers, splits", [(3, 3), (4, 2)])
-def test_splits(consumers, splits):
-    case = make_case(dtype=torch.bfloat16, device="cuda", lengths=LENGTHS, heads=(4, 2), beyond=0, dim=64)
-    GPU["hopper_tiled"].check(case, plan=plan_with(consumers, split_kv=splits).to_json())
+@pytest.mark.parametrize("changes", [dict(split_kv=3), dict(tile={"num_stages": 3})], ids=str)
+def test_splits_and_rings(changes):
+    check(four(**changes))
 
 
 @gpu
 @hopper
-@pytest.mark.parametrize("consumers", [3, 4])
-@pytest.mark.parametrize("stages", [2, 3])
-def test_repeats_are_bit_identical(stages, consumers):
+def test_repeats_are_bit_identical():
     case = make_case(dtype=torch.bfloat16, device="cuda", lengths=LENGTHS, heads=(4, 2), beyond=0, dim=64)
-    plan = plan_with(consumers, tile={"num_stages": stages}).to_json()
+    plan = four().to_json()
     first = GPU["hopper_tiled"].call(case, plan=plan)[0].nan_to_num()
     assert all(torch.equal(first, GPU["hopper_tiled"].call(case, plan=plan)[0].nan_to_num()) for _ in range(150))
 
@@ -70,10 +71,23 @@ def test_repeats_are_bit_identical(stages, consumers):
 
 
 @pytest.mark.parametrize(
-    "consumers, dim", [(3, 64), (3, 96), (3, 128), (4, 64)]
+    "changes, warps",
+    [
+        (dict(), 16),
+        (dict(max_len_extend=300), 8),
+        (dict(batch_size=1, num_tokens=1024), 8),  # too few blocks to fill the GPU
+        (dict(sliding_window=1024), 8),
+        (dict(num_kv_indices=4096), 8),
+        (dict(custom_mask=True), 8),
+        (dict(head_dim_qk=128, head_dim_v=128), 8),
+    ],
+    ids=str,
 )
-def test_what_fits(consumers, dim):
-    assert illegal(replace(NEW, head_dim_qk=dim, head_dim_v=dim), plan_with(consumers), H100) is None
+def test_where_they_are_the_default(changes, warps):
+    problem = replace(NEW, **changes)
+    plan = plan_of(problem)
+    assert plan.tile.num_warps == warps
+    assert illegal(problem, plan, H100) is None
 
 
 @pytest.mark.parametrize(
@@ -86,19 +100,16 @@ def test_what_fits(consumers, dim):
         (NEW, dict(tile=dict(block_n=128)), "registers"),
         (NEW, dict(tile=dict(num_stages=1)), "num_stages"),
         (NEW, dict(tile=dict(block_m=128)), "block_m"),
-        (NEW, dict(tile=dict(num_warps=12)), "block_m"),
+        (NEW, dict(tile=dict(num_warps=8)), "block_m"),
         (NEW, dict(tile=dict(num_warps=32)), "num_warps"),
-        (NEW, dict(family="tiled", tile=dict(num_warps=12)), "powers of two"),
-        (NEW, dict(family="tiled", tile=dict(block_m=192, num_warps=8)), "powers of two"),
     ],
     ids=str,
 )
-def test_what_four_do_not_serve(problem, changes, word):
-    reason = illegal(problem, plan_with(4, **changes), H100)
+def test_what_they_do_not_serve(problem, changes, word):
+    reason = illegal(problem, four(**changes), H100)
     assert reason is not None and word in reason
 
 
 def test_they_step_down_to_two():
-    sizes = [plan.tile for plan in shrinking(NEW, plan_with(3, tile=dict(num_stages=3)), H100)]
-    assert sizes[-1] == Tile(128, 64, 8, 1)
-    assert plan_of(NEW).tile.num_warps in (8, 16)
+    tiles = [plan.tile for plan in shrinking(NEW, four(tile=dict(num_stages=3)), H100)]
+    assert tiles == [Tile(256, 64, 16, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 1)]

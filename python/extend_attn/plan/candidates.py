@@ -96,10 +96,8 @@ def shrinking(problem: Problem, plan: Plan, device: DeviceSpec) -> Iterator[Plan
         elif tile.block_n > narrow:
             tile = replace(tile, block_n=tile.block_n // 2)
         elif tile.block_m > smallest.block_m:
-            if plan.family == "hopper_tiled":
-                tile = replace(tile, block_m=smallest.block_m, num_warps=smallest.num_warps)
-            else:
-                tile = replace(tile, block_m=tile.block_m // 2)
+            warps = smallest.num_warps if plan.family == "hopper_tiled" else tile.num_warps
+            tile = replace(tile, block_m=tile.block_m // 2, num_warps=warps)
         elif tile.block_n > smallest.block_n:
             tile = replace(tile, block_n=tile.block_n // 2)
         elif tile.num_stages > smallest.num_stages:
@@ -137,9 +135,9 @@ def neighbours(plan: Plan) -> Iterator[Plan]:
         if rows and keys and 1 <= sizes["num_stages"] <= STAGES_MAX:
             yield replace(plan, tile=Tile(**sizes))
     if plan.family == "hopper_tiled":
-        for n in CONSUMERS:  # more than two take rows of one head, and the narrow tile of keys
-            few = replace(tile, block_m=n * ROWS, block_n=HOPPER_BLOCK_N, num_warps=n * WARPS)
-            yield replace(plan, tile=few, pack_gqa=plan.pack_gqa and n == 2)
+        for n in CONSUMERS:  # four take rows of one head and the narrow tile of keys
+            other = Tile(n * ROWS, HOPPER_BLOCK_N, n * WARPS, tile.num_stages)
+            yield replace(plan, tile=other, pack_gqa=plan.pack_gqa and n == 2)
     if not plan.packed:
         yield replace(plan, pack_gqa=not plan.pack_gqa)
         if not plan.hopper:

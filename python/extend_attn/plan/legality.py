@@ -96,10 +96,6 @@ def illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
         return f"programs: {plan.programs}; only hopper_packed shares all sequences' keys evenly"
     if tile.block_m < BLOCK_MIN:
         return f"block_m: {tile.block_m}; the plain Triton families take {BLOCK_MIN} rows and more"
-    for name in ("block_m", "num_warps"):
-        value = getattr(tile, name)
-        if value & (value - 1):
-            return f"{name}: {value}; the plain Triton families take powers of two"
     if plan.packed:
         if plan.pack_gqa:
             return "pack_gqa: a flag of the tiled family; the packed family always packs"

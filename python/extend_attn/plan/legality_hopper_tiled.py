@@ -9,14 +9,14 @@ from .device import DeviceSpec
 from .tile import Plan
 
 ROWS, WARPS = 64, 4  # of a consumer
-CONSUMERS = (2, 3, 4)  # of a program: two as a rule
+CONSUMERS = (2, 4)  # of a program
 MAX_ROWS = (1 << 30) - 1  # of a tensor that a ragged descriptor addresses
 # (largest head dim, (columns of a slot of keys, slots a key)) and the same of values
 KEY_BLOCKS = ((64, (64, 1)), (128, (128, 1)), (192, (64, 3)), (256, (256, 1)), (512, (128, 4)))
 VALUE_BLOCKS = ((64, (64, 1)), (128, (128, 1)), (256, (256, 1)), (512, (256, 2)))
 LATENT_VALUES, LATENT_REST = 512, 64  # columns of a latent key that are its value, and behind them
-# By consumers: registers that hold logits, weights and accumulator, of 216 to 240, 160, 112. With more, loops spill.
-HELD_MAX = {2: 176, 3: 112, 4: 80}
+# By consumers: registers that hold logits, weights and accumulator, of 216 to 240 and of 112: with more loops spill.
+HELD_MAX = {2: 176, 4: 80}
 MASK_KEYS_MAX = 64  # keys of a tile: a mask's bytes take a register each from load to use
 FP8_HEAD_DIM_MAX = 256
 RING_SLOTS = 3  # of one ring for keys and values: two in use, one on its way
@@ -66,7 +66,7 @@ def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[
     consumers = tile.num_warps // WARPS
     rows = tiled_rows(problem, consumers)
     if tile.num_warps % WARPS or consumers not in CONSUMERS:
-        return f"num_warps: {tile.num_warps}; two to four consumers of {WARPS} warps are 8, 12 or 16"
+        return f"num_warps: {tile.num_warps}; two or four consumers of {WARPS} warps are 8 or 16"
     if tile.block_m != rows:
         return f"block_m: {tile.block_m}; the rows of {consumers} consumers are {rows}"
     if consumers > 2:

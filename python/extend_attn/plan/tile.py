@@ -12,8 +12,7 @@ HOPPER_FAMILIES = ("hopper_tiled", "hopper_packed")
 FAMILIES = (*PLAIN_FAMILIES, *HOPPER_FAMILIES)
 BLOCK_MIN, BLOCK_MAX = 16, 256
 BLOCK_M_MIN = 8  # the narrowest warpgroup product; the plain families take BLOCK_MIN rows and more
-BLOCK_M_OF_THREE = 192  # three warpgroups of hopper_tiled
-WARPS = (1, 2, 4, 8, 12, 16, 32)
+WARPS = (1, 2, 4, 8, 16, 32)
 STAGES_MAX = 8
 SPLITS_MAX = 1024
 PROGRAMS_MAX = 4096
@@ -29,7 +28,7 @@ class Tile:
     """Block sizes of one program: ``block_m`` query rows by ``block_n`` keys a step, warps, software pipeline stages.
 
     A row is a (new token, query head) pair: the packed family and ``pack_gqa`` put the query heads of one KV head side
-    by side. Blocks are powers of two from 16 to 256, or 192 rows; ValueError or TypeError otherwise.
+    by side. Blocks are powers of two from 16 to 256; ValueError or TypeError otherwise.
     """
 
     block_m: int
@@ -41,12 +40,8 @@ class Tile:
         for name, smallest in (("block_m", BLOCK_M_MIN), ("block_n", BLOCK_MIN)):
             value = getattr(self, name)
             _integer(name, value)
-            three = name == "block_m" and value == BLOCK_M_OF_THREE
-            if not (smallest <= value <= BLOCK_MAX and (three or value & (value - 1) == 0)):
-                more = f", and {BLOCK_M_OF_THREE}" if name == "block_m" else ""
-                raise ValueError(
-                    f"{name}: got {value}; allowed are powers of two from {smallest} to {BLOCK_MAX}{more}"
-                )
+            if not smallest <= value <= BLOCK_MAX or value & (value - 1):
+                raise ValueError(f"{name}: got {value}; allowed are powers of two from {smallest} to {BLOCK_MAX}")
         _integer("num_warps", self.num_warps)
         if self.num_warps not in WARPS:
             raise ValueError(f"num_warps: got {self.num_warps}; allowed are {', '.join(map(str, WARPS))}")

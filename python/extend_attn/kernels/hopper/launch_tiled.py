@@ -31,7 +31,7 @@ from .tiled import tiled_kernel
 # By consumers: registers a thread of the launch, and what setmaxnreg makes of them for (consumers, producer). TMA and a
 # gather take 40, with 24 TMA spills between loads; a gather takes 56 where keys are split (one_chunk 93 us with 40, 76
 # with 56). A conversion of fp8 codes holds a tile of them, a mask its bytes.
-REGISTERS = {2: (168, (232, 40)), 3: (128, (160, 32)), 4: (96, (112, 32))}
+REGISTERS = {2: (168, (232, 40)), 4: (96, (112, 32))}
 SPLIT_GATHER_REGISTERS, FP8_REGISTERS = (224, 56), (216, 80)
 PRODUCER_WARPS = 4  # that gather
 PANEL = 64  # columns of a TMA box of the pool: see tiled_producer.py

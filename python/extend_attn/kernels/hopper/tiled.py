@@ -1,6 +1,6 @@
 """The tiled family for Hopper (prefill, chunks): warp-specialised attention over blocks of new tokens.
 
-A program is two to four consumer warpgroups of 64 query rows each and a producer. Programs are persistent;
+A program is two or four consumer warpgroups of 64 query rows each and a producer. Programs are persistent;
 tiled_schedule.py says who takes which work item. A consumer walks the key tiles of its rows from the diagonal
 downwards, then the prefix downwards, and overlaps the scores of one tile with the products of the tile before: it
 issues S = Q K(j), then O += P(j-1) V(j-1), and does the softmax of j while the latter runs. Only tiles at an edge (the
@@ -35,7 +35,7 @@ from .tiled_products import (
     start_scores,
 )
 from .tiled_schedule import FIELDS, MESSAGES, receive
-from .tiled_softmax import SLACK, logits, no_sums, paired, row_sums, scales, temperature_of, weigh
+from .tiled_softmax import PAIRED_MAX, SLACK, logits, no_sums, rounded, row_sums, scales, temperature_of, weigh
 from .tiled_work import ROWS, Call, Memory, Shape, key_place, place_of, tiles_of, value_place
 
 
@@ -55,7 +55,7 @@ def begin(seat, memory, call, item, tiles, place, temperature, c):
     if c.V_SCALED and (c.UNIFIED or KEYS == BOTH):
         w = w * v_scale
     end_softmax(seat, memory, c)
-    p = paired(w, memory.v_ring.slots.dtype)
+    p = rounded(w, memory.v_ring.slots.dtype, c)
     return State(gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O), m, l, p, gl.full_like(m, 1.0))
 
 
@@ -92,7 +92,7 @@ def walk(
             w = w * v_scale
         end_softmax(seat, memory, c)
         o, used = warpgroup_mma_wait(0, [o_acc, state.p])
-        p = paired(w, memory.v_ring.slots.dtype)  # into the registers of those before
+        p = rounded(w, memory.v_ring.slots.dtype, c)  # into the registers of those before
         memory.v_ring.release(values)
         state = State(o, m, l, p, alpha)
     return state
@@ -235,7 +235,7 @@ def tiled_kernel(
         HEAD_DIM, HEAD_DIM_V, BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, QUERIES, ONE_RING, STAGED, LATENT,
         APART, SPLIT, HAS_POOL, (HAS_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW, MASK,
         MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK or (WINDOW and SPLIT), OFFSETS, LSE,
-        V_SCALED, NEGATE, 0.0 if V_SCALED and q_desc.dtype == gl.float16 else SLACK,
+        V_SCALED, NEGATE, 0.0 if V_SCALED and q_desc.dtype == gl.float16 else SLACK, BLOCK_DV <= PAIRED_MAX,
         gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]), O, gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip
     call = Call(
@@ -305,13 +305,6 @@ def tiled_kernel(
             (produce_latent if LATENT else produce, (sources, call, memory, ARRIVALS, c)),
         ]
         if CONSUMERS == 2
-        else [
-            (consume, (0, call, memory, c)),
-            (consume, (1, call, memory, c)),
-            (consume, (2, call, memory, c)),
-            (produce, (sources, call, memory, ARRIVALS, c)),
-        ]
-        if CONSUMERS == 3
         else [
             (consume, (0, call, memory, c)),
             (consume, (1, call, memory, c)),

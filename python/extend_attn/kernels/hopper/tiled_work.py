@@ -24,8 +24,8 @@ class Shape:
     keys and values share a ring. STAGED: the output leaves through the query's place. SPLIT: items that share a
     block's keys. GATHERS: rows come by asynchronous copies, which consumers must fence off, or, with RUNS, by TMA.
     FP8: 0, or what fp8_rows.py calls the pool's codes. BY_POSITION: the window goes by ``q_positions``. SLACK: see
-    weigh. UNSEEN: a row may see no key of an item. S, O, P: the layouts of a consumer's logits, accumulator,
-    weights.
+    weigh. PAIRED: see rounded. UNSEEN: a row may see no key of an item. S, O, P: the layouts of a consumer's
+    logits, accumulator, weights.
     """
 
     CONSUMERS: gl.constexpr
@@ -67,6 +67,7 @@ class Shape:
     V_SCALED: gl.constexpr
     NEGATE: gl.constexpr
     SLACK: gl.constexpr
+    PAIRED: gl.constexpr
     S: gl.constexpr
     O: gl.constexpr
     P: gl.constexpr
@@ -185,11 +186,10 @@ def offset_of(item, call, c):
 
 @gluon.jit
 def positions(item, first, TOKENS: gl.constexpr, call, c):
-    """(least, greatest) position of the tokens ``first``.., counted from the sequence's first key, or of some more; a
-    block may lack tokens: the greatest is then no less."""
-    SPAN: gl.constexpr = 1 << (TOKENS - 1).bit_length()  # a tensor's length is a power of two
-    LAYOUT: gl.constexpr = gl.BlockedLayout([SPAN // 32], [32], [gl.num_warps()], [0])
-    token = first + gl.arange(0, SPAN, layout=LAYOUT)
+    """(least, greatest) position of the tokens ``first``.., counted from the sequence's first key; a block may lack
+    tokens: the greatest is then no less."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([TOKENS // 32], [32], [gl.num_warps()], [0])
+    token = first + gl.arange(0, TOKENS, layout=LAYOUT)
     at = call.q_positions + item.q_start + token
     real = token < item.extend_len
     offset = offset_of(item, call, c)
