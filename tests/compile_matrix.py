@@ -46,6 +46,7 @@ FEATURES: Dict[str, dict] = {
     "fp8": dict(kv_dtype="float8_e4m3fn", xai_temperature_len=4096),
     "unified": dict(unified=True, index_dtype="int32"),
 }
+PROMPT = "prompt"  # no key but the new ones
 NEW_TOKENS = {"packed": 4, "tiled": 512}  # what each family is for
 HOPPER = ("hopper_packed", "hopper_tiled")  # compiled for all of them, but for what hopper_tiled refuses: fp8 at 512
 SPILLS_MAX = 176  # bytes a thread that a Hopper kernel may spill: MLA's 64 rows of 512 columns do, and fp8 beside it
@@ -75,17 +76,18 @@ def jobs(everything: bool) -> Iterator[Job]:
                     chosen = names if everything else [names[(d + i) % len(names)] for i in (0, 3)]
                     wide = family == "hopper_tiled" and dims[0] > 256
                     yield from ((arch, dims, family, name) for name in chosen if not (wide and name == "fp8"))
+                yield arch, dims, "hopper_tiled", PROMPT
 
 
 def problem_of(job: Job) -> Problem:
     arch, (dim, dim_v, heads, kv_heads, aliases), family, name = job
-    features = dict(FEATURES[name])
+    features = dict(FEATURES.get(name, {}))
     if features.get("kv_dtype") == "float8_e4m3fn" and arch < 89:
         features["kv_dtype"] = "float8_e5m2"  # the other type needs conversions that sm_89 brought
     new = NEW_TOKENS[family.replace("hopper_", "")]
     alias_new = aliases and not features.get("unified")
     return Problem(
-        "bfloat16", dim, dim_v, heads, kv_heads, 8, 8 * new, new, 8 * 4000,
+        "bfloat16", dim, dim_v, heads, kv_heads, 8, 8 * new, new, 0 if name == PROMPT else 8 * 4000,
         v_aliases_k_pool=aliases, v_aliases_k_new=alias_new, **features,
     )  # fmt: skip
 
