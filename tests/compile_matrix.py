@@ -53,7 +53,7 @@ SPILLS_MAX = 176  # bytes a thread that a Hopper kernel may spill: MLA's 64 rows
 # Of hopper_tiled by head dim, without and with a custom mask, whose bytes and places take a tile's registers; at 192
 # and 256 an fp8 pool's smaller share of registers, at 512 all that goes on beside the loops over keys.
 SPILLS_MAX_TILED = {
-    64: (200, 640), 128: (320, 640), 192: (440, 760), 256: (640, 1440), 512: (960, 2560), 576: (640, 2048),
+    64: (200, 640), 128: (320, 640), 192: (440, 760), 256: (640, 1440), 512: (320, 1760), 576: (640, 2048),
 }  # fmt: skip
 
 Job = Tuple[int, tuple, str, str]

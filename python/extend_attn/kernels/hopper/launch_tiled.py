@@ -109,7 +109,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         keys, box, values = keys // 2, LATENT_REST, LATENT_REST
     boxes = (ROWS, box), (keys, box), (keys, values), (ROWS, block_dv) if staged else None
     runs = None
-    if on["HAS_POOL"] and latent(problem) and not on["MASK_PREFIX"]:  # elsewhere copies are as fast
+    if on["HAS_POOL"] and latent(problem) and not on["MASK_PREFIX"]:  # elsewhere looking costs more
         runs = keys, PANEL
     if plan.split_kv == 1:
         return Recipe((tiled,), functools.partial(_tensors, boxes, runs))

@@ -22,6 +22,13 @@ def barriers(number: gl.constexpr, arrivals: gl.constexpr):
     return made
 
 
+@gluon.jit
+def turn_of(n, stages: gl.constexpr):
+    """(slot, round) of tile ``n``; unsigned, so that a power of two divides by bits."""
+    n = gl.to_tensor(n).to(gl.uint32)
+    return (n % stages).to(gl.int32), (n // stages).to(gl.int32)
+
+
 @aggregate
 class Ring:
     """``slots`` [stages, ...], and for each slot whether it is full and whether it is empty."""
@@ -40,23 +47,25 @@ class Ring:
 
     @gluon.jit
     def slot(self, n):
-        """Where tile ``n`` lies."""
+        """Where tile ``n`` lies; signed, since descriptors of places known while compiling would all take registers."""
         return self.slots.index(n % self.stages)
 
     @gluon.jit
     def filled(self, n):
         """The barrier that completes when tile ``n`` is there."""
-        return self.full.index(n % self.stages)
+        return self.full.index(turn_of(n, self.stages)[0])
 
     @gluon.jit
     def wait_full(self, n):
-        mbarrier.wait(self.full.index(n % self.stages), (n // self.stages) & 1)
+        slot, turn = turn_of(n, self.stages)
+        mbarrier.wait(self.full.index(slot), turn & 1)
 
     @gluon.jit
     def wait_empty(self, n):
-        mbarrier.wait(self.empty.index(n % self.stages), ((n // self.stages) & 1) ^ 1)
+        slot, turn = turn_of(n, self.stages)
+        mbarrier.wait(self.empty.index(slot), (turn & 1) ^ 1)
 
     @gluon.jit
     def release(self, n):
         """One consumer has read tile ``n``."""
-        mbarrier.arrive(self.empty.index(n % self.stages), count=1)
+        mbarrier.arrive(self.empty.index(turn_of(n, self.stages)[0]), count=1)

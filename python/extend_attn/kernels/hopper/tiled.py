@@ -277,6 +277,9 @@ def tiled_kernel(
         gl.allocate_shared_memory(dtype, [K_STAGES * SHARE, KEYS, K_COLUMNS], K_LAYOUT),
         barriers(K_STAGES * SHARE, ARRIVALS), barriers(K_STAGES * SHARE, CONSUMERS), K_STAGES * SHARE,
     )  # fmt: skip
+    pool_slots = q_slots
+    if HAS_POOL and not LATENT:
+        pool_slots = gl.allocate_shared_memory(gl.int32, [2, BLOCK_N], WORDS)
     v_ring = k_ring
     if not ONE_RING:
         v_ring = Ring(
@@ -291,6 +294,7 @@ def tiled_kernel(
         barriers(CONSUMERS * QUERIES, 1),
         k_ring,
         v_ring,
+        pool_slots,
         weights, maxima, sums, told,
         Ring(
             gl.allocate_shared_memory(gl.int32, [MESSAGES * FIELDS, 1], WORDS),

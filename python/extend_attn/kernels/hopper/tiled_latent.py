@@ -12,6 +12,7 @@ consumer's scores wait for its products.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -22,8 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_compat import reinterpret, sync, tma_load
 from .tiled_epilogue import store, store_part
+from .tiled_gather import arrived, gather, load_runs, no_slots, rows_of, runs_of
 from .tiled_masks import BOTH, NEW, first_key, sees, some_row_sees
-from .tiled_producer import arrived, gather, load_runs, new_rows, no_slots, rows_of, slots_of
+from .tiled_producer import new_rows
 from .tiled_schedule import announce, announced, count_blocks, receive, search_at
 from .tiled_softmax import logits, scales, temperature_of
 from .tiled_work import ROWS, Item, box_at, place_of, tiles_of
@@ -225,9 +227,9 @@ def load_slot(desc, item, row, head, COLUMN: gl.constexpr, ring, n, ARRIVALS: gl
 def copy_slot(rows, exists, COLUMN: gl.constexpr, DIM: gl.constexpr, ring, n, LAYOUT: gl.constexpr, c):
     """Columns from COLUMN on of DIM at pointers ``rows``; zeros for rows that do not exist."""
     PADDED: gl.constexpr = DIM < HALVES * c.K_COLUMNS + BOX
-    COLUMNS: gl.constexpr = ring.slots.shape[2]
     ring.wait_empty(n)
-    gather(rows, exists, COLUMN, DIM, COLUMNS, PADDED, c.MASK, ring.filled(n), ring.slot(n), LAYOUT)
+    gather(rows, exists, COLUMN, DIM, PADDED, c.MASK, ring.slot(n), LAYOUT)
+    async_copy.mbarrier_arrive(ring.filled(n), increment_count=False)
 
 
 @gluon.jit
@@ -268,7 +270,7 @@ def gather_tile(sources, item, tiles, t, head, slots, kv_indices, memory, n, res
                 memory.v_ring.slot(at),
             )  # fmt: skip
     else:
-        rows = rows_of(sources.k_pool + head.to(gl.int64) * sources.stride_kg, slots, sources.stride_ks, LAYOUT)
+        rows = rows_of(sources.k_pool + head.to(gl.int64) * sources.stride_kg, slots.slots, sources.stride_ks, LAYOUT)
         if c.MASK and (not c.UNIFIED) and t < tiles.new_tiles:
             rows = new_rows(sources, item, tiles, t, head, LAYOUT, c)  # keys begin where their values do
         first, second = parts_of(rows, LAYOUT)
@@ -324,11 +326,11 @@ def produce_latent(sources, call, memory, ARRIVALS: gl.constexpr, c):
         kv_indices = sources.kv_indices + kv_start
         slots = no_slots(c)
         if c.HAS_POOL:
-            ahead = slots_of(kv_indices, item, tiles, tiles.begin, c)
+            ahead = runs_of(kv_indices, item, tiles, tiles.begin, c)
         for t in range(tiles.begin, tiles.end + 1):
             if c.HAS_POOL:
                 slots = arrived(kv_indices, ahead, c)
-                ahead = slots_of(kv_indices, item, tiles, t + 1, c)
+                ahead = runs_of(kv_indices, item, tiles, t + 1, c)
             if t < tiles.end:
                 if (not c.UNIFIED) and (c.APART or not c.MASK) and t < tiles.new_tiles:
                     for half in gl.static_range(HALVES):

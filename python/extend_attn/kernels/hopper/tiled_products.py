@@ -39,6 +39,15 @@ class Seat:
 
 
 @gluon.jit
+def fresh(place):
+    """``place``, anew at each use. Of what stays the same for a whole loop the compiler keeps all addresses that follow
+    from it, which at head dim 512 is more than registers hold, and what is spilled comes back from the L2."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [gl.to_tensor(place)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def start_scores(seat, memory, n, c):
     """Issues S = Q K^T of the key tile in ring position ``n``. Where the ring holds no second tile, each slot is
     released as soon as it is read, except the last."""
@@ -49,7 +58,8 @@ def start_scores(seat, memory, n, c):
         memory.k_ring.wait_full(at)
         if c.GATHERS:
             fence_async_shared()
-        q = memory.q_slots.index(seat.query * c.K_CHUNKS + chunk)
+        query = seat.query * c.K_CHUNKS + chunk
+        q = memory.q_slots.index(fresh(query) if c.K_CHUNKS > 1 else query)
         keys = memory.k_ring.slot(at)
         if c.K_COLUMNS == 128 and c.HEAD_DIM <= 96:  # the padding is not multiplied
             front, back = keys.slice(0, 64, 1).permute((1, 0)), keys.slice(64, 32, 1).permute((1, 0))
@@ -94,7 +104,8 @@ def start_products(memory, state, n, c):
     if c.GATHERS:
         fence_async_shared()
     p = operand(state.p, memory.v_ring.slots.dtype, c)
-    return warpgroup_mma(p, memory.v_ring.slot(n), state.o, is_async=True)
+    v = memory.v_ring.slots.index(fresh(0)) if memory.v_ring.stages == 1 else memory.v_ring.slot(n)
+    return warpgroup_mma(p, v, state.o, is_async=True)
 
 
 @gluon.jit

@@ -109,9 +109,10 @@ class Call:
 @struct
 class Memory:
     """Shared memory: query tiles [CONSUMERS * K_CHUNKS, 64, K_COLUMNS] with barriers both ways, a ring of key tiles
-    and one of value tiles, and the board on which the producer writes work items (tiled_schedule.py). If LATENT:
-    one query tile in K_CHUNKS and ``q_rest``, what is left of keys in place of values, and what the consumers tell
-    each other: ``weights`` [2, 64, keys], ``maxima`` and ``sums`` [2, 64], with barriers ``told``."""
+    and one of value tiles, the pool ``slots`` [2, BLOCK_N] of a tile and of the one before, and the board on which the
+    producer writes work items (tiled_schedule.py). If LATENT: one query tile in K_CHUNKS and ``q_rest``, what is left
+    of keys in place of values, and what the consumers tell each other: ``weights`` [2, 64, keys], ``maxima`` and
+    ``sums`` [2, 64], with barriers ``told``."""
 
     q_slots: gl.shared_memory_descriptor
     q_rest: gl.shared_memory_descriptor
@@ -119,6 +120,7 @@ class Memory:
     q_empty: gl.shared_memory_descriptor
     k_ring: Ring
     v_ring: Ring
+    slots: gl.shared_memory_descriptor
     weights: gl.shared_memory_descriptor
     maxima: gl.shared_memory_descriptor
     sums: gl.shared_memory_descriptor
