@@ -47,9 +47,11 @@ FEATURES: Dict[str, dict] = {
     "unified": dict(unified=True, index_dtype="int32"),
 }
 PROMPT = "prompt"  # no key but the new ones
+FEW = {"few": dict(batch_size=2)}  # so few blocks that hopper_tiled splits their keys
 NEW_TOKENS = {"packed": 4, "tiled": 512}  # what each family is for
 HOPPER = ("hopper_packed", "hopper_tiled")  # compiled for all of them, but for what hopper_tiled refuses: fp8 at 512
-SPILLS_MAX = 176  # bytes a thread that a Hopper kernel may spill: MLA's 64 rows of 512 columns do, and fp8 beside it
+SPILLS_MAX = 176  # bytes a thread that a Hopper kernel may spill
+SPILLS_MAX_LATENT = 480  # MLA's 64 rows of 512 columns in two consumers, outside the loop over keys; most beside fp8
 # Of hopper_tiled by head dim, without and with a custom mask, whose bytes and places take a tile's registers; at 192
 # and 256 an fp8 pool's smaller share of registers, at 512 all that goes on beside the loops over keys.
 SPILLS_MAX_TILED = {
@@ -76,18 +78,21 @@ def jobs(everything: bool) -> Iterator[Job]:
                     chosen = names if everything else [names[(d + i) % len(names)] for i in (0, 3)]
                     wide = family == "hopper_tiled" and dims[0] > 256
                     yield from ((arch, dims, family, name) for name in chosen if not (wide and name == "fp8"))
+                    if family == "hopper_tiled" and (everything or dims[0] == 256):
+                        yield arch, dims, family, "few"
                 yield arch, dims, "hopper_tiled", PROMPT
 
 
 def problem_of(job: Job) -> Problem:
     arch, (dim, dim_v, heads, kv_heads, aliases), family, name = job
-    features = dict(FEATURES.get(name, {}))
+    features = dict({**FEATURES, **FEW}.get(name, {}))
+    batch = features.pop("batch_size", 8)
     if features.get("kv_dtype") == "float8_e4m3fn" and arch < 89:
         features["kv_dtype"] = "float8_e5m2"  # the other type needs conversions that sm_89 brought
     new = NEW_TOKENS[family.replace("hopper_", "")]
     alias_new = aliases and not features.get("unified")
     return Problem(
-        "bfloat16", dim, dim_v, heads, kv_heads, 8, 8 * new, new, 0 if name == PROMPT else 8 * 4000,
+        "bfloat16", dim, dim_v, heads, kv_heads, batch, batch * new, new, 0 if name == PROMPT else batch * 4000,
         v_aliases_k_pool=aliases, v_aliases_k_new=alias_new, **features,
     )  # fmt: skip
 
@@ -97,7 +102,7 @@ def shared_memory(problem: Problem, plan: Plan, arch: int) -> int:
     compiled = compile_plan(problem, plan, arch, resources=plan.hopper)
     if plan.hopper:
         spilled = compiled[0].spills
-        most = SPILLS_MAX
+        most = SPILLS_MAX_LATENT if problem.head_dim_qk > 512 else SPILLS_MAX
         if not plan.packed:
             most = SPILLS_MAX_TILED[problem.head_dim_qk][problem.custom_mask]
         assert spilled <= most, f"{plan} spills {spilled} bytes a thread; at most {most} are right"

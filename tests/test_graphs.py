@@ -309,6 +309,8 @@ HOPPER = {
     "tma": {"family": "tiled", "pack_gqa": False, "tma": True},
     "tma_gqa": {"family": "tiled", "pack_gqa": True, "tma": True},
     "pdl": {"family": "packed", "split_kv": 3, "pdl": True},
+    "pdl_tiled": {"family": "hopper_tiled", "split_kv": 1, "pdl": True},
+    "pdl_tiled_split": {"family": "hopper_tiled", "split_kv": 3, "pdl": True},
 }
 
 

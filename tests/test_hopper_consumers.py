@@ -53,8 +53,8 @@ def test_features(spec):
 
 @gpu
 @hopper
-@pytest.mark.parametrize("changes", [dict(split_kv=3), dict(tile={"num_stages": 3})], ids=str)
-def test_splits_and_rings(changes):
+@pytest.mark.parametrize("changes", [dict(pdl=True), dict(tile={"num_stages": 3})], ids=str)
+def test_dependent_launch_and_rings(changes):
     check(four(**changes))
 
 
@@ -97,6 +97,7 @@ def test_where_they_are_the_default(changes, warps):
         (replace(NEW, custom_mask=True), dict(), "mask"),
         (replace(NEW, head_dim_qk=128, head_dim_v=128), dict(), "registers"),
         (NEW, dict(pack_gqa=True), "pack_gqa"),
+        (NEW, dict(split_kv=2), "split_kv"),
         (NEW, dict(tile=dict(block_n=128)), "registers"),
         (NEW, dict(tile=dict(num_stages=1)), "num_stages"),
         (NEW, dict(tile=dict(block_m=128)), "block_m"),

@@ -75,6 +75,34 @@ def test_tiles(tile):
     check({"tile": tile}, dim=128, heads=(8, 2), mask="tree", tree_positions=True, window=700)
 
 
+# Rows that one consumer of two has alone, tokens whose heads both have, a window's edge inside a tile of one of them.
+SHARED = {
+    "plain": dict(dim=128, heads=(32, 2)),
+    "window": dict(dim=128, heads=(10, 2), window=150, cut=[3, 0, 5, 1, 0, 2, 0, 9], sinks=torch.float32),
+    "tree": dict(dim=64, heads=(24, 2), mask="tree", tree_positions=True, window=700),
+    "unified": dict(dim=128, heads=(32, 2), unified=True, mask="random", logit_cap=20.0),
+    "scaled": dict(dim=128, heads=(16, 2), k_scale=0.5, v_scale=0.25),
+    "fp8": dict(dim=128, heads=(16, 2), kv_dtype=torch.float8_e4m3fn, k_scale=0.5, v_scale=0.25),
+    "latent": dict(dim=576, dim_v=512, heads=(16, 1), alias=True),
+}
+
+
+@gpu
+@pytest.mark.parametrize("share", [{}, {"split_kv": 5}, {"programs": 17}], ids=["whole", "split", "even"])
+@pytest.mark.parametrize("kind", SHARED)
+def test_two_consumers_share_the_rows(kind, share):
+    check({"tile": {"block_m": 32 if kind == "fp8" else 64, "num_warps": 8}, "split_kv": 1, **share}, **SHARED[kind])
+
+
+@gpu
+@pytest.mark.parametrize("warps", [4, 8])
+@pytest.mark.parametrize("sm_scale", [0.0, 3.0, -3.0, 1e-3])
+@pytest.mark.parametrize("mask", [None, "tree"])
+def test_maxima_that_grow_in_steps_of_every_size(warps, sm_scale, mask):
+    """Logits from all alike to hundreds apart: maxima that stand, that move a tile, rows that see nothing at first."""
+    check({"tile": {"block_m": 32, "num_warps": warps}}, dim=128, heads=(16, 2), sm_scale=sm_scale, mask=mask)
+
+
 @gpu
 @pytest.mark.parametrize("unified", [False, True])
 @pytest.mark.parametrize("mask_prefix", [False, True])

@@ -10,6 +10,7 @@ import torch
 from cases import make_case
 from modes import GPU
 
+from extend_attn import calls
 from extend_attn.plan import DeviceSpec, Plan, Tile, illegal, select, shared_memory_bytes
 from extend_attn.plan.heuristics import heuristic
 from extend_attn.plan.legality_hopper_tiled import tiled_queries, tiled_sections
@@ -29,6 +30,8 @@ hopper = pytest.mark.skipif(
 UGLY = [
     (1, 129), (63, 64), (64, 63), (65, 0), (127, 1), (128, 128), (129, 500), (300, 65), (0, 70), (513, 1000), (0, 0),
 ]  # fmt: skip
+# of so few blocks that their keys are split
+FEW = [(1, 129), (65, 700), (0, 70), (129, 0), (300, 1500)]
 DIMS = [
     *((dim, dim) for dim in (64, 80, 96, 128, 256, 384, 512)),
     (192, 128), (160, 64), (256, 128), (40, 24),
@@ -175,14 +178,38 @@ def test_sections(heads, batch, window, gqa, monkeypatch):
 @gpu
 @hopper
 @pytest.mark.parametrize("gqa", [False, True])
-@pytest.mark.parametrize("dim, splits", [(64, 2), (96, 3), (256, 5)])
+@pytest.mark.parametrize("dim, splits", [(64, 2), (96, 3), (256, 5), (512, 4)])
 @pytest.mark.parametrize(
-    "spec", [dict(), dict(sinks=torch.float32, k_scale=0.5, v_scale=2.0), dict(causal=False)], ids=str
+    "spec",
+    [
+        dict(),
+        dict(sinks=torch.float32, k_scale=0.5, v_scale=2.0),
+        dict(causal=False),
+        dict(unified=True),
+        dict(lengths=[(500, 0), (3, 0), (0, 0)]),
+        dict(lengths=[(1, 3000)], max_len_extend=1000),
+    ],
+    ids=str,
 )
 def test_splits(spec, splits, dim, gqa):
-    lengths = [(1, 129), (65, 700), (0, 70), (129, 0), (700, 1), (300, 1500)]
-    case = make_case(dtype=torch.bfloat16, device="cuda", lengths=lengths, heads=(4, 2), dim=dim, **spec)
-    GPU["hopper_tiled"].check(case, plan={"family": "hopper_tiled", "pack_gqa": gqa, "split_kv": splits})
+    spec = {"dtype": torch.bfloat16, "device": "cuda", "lengths": FEW, "heads": (4, 2), "dim": dim, **spec}
+    case = make_case(**spec)
+    GPU["hopper_tiled"].check(case, plan={"family": FAMILY, "pack_gqa": gqa, "split_kv": splits})
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("patience", [0, 1, 1024])
+@pytest.mark.parametrize("splits", [2, 5])
+def test_repeats_of_splits_are_bit_identical(splits, patience, monkeypatch):
+    """Whoever merges: the programs together, or the last one alone."""
+    monkeypatch.setattr("extend_attn.kernels.hopper.launch_tiled.PATIENCE", patience)
+    calls.forget()
+    case = make_case(dtype=torch.bfloat16, device="cuda", dim=128, lengths=FEW, heads=(4, 2))
+    plan = {"family": FAMILY, "split_kv": splits}
+    wanted = GPU[FAMILY].check(case, plan=plan).nan_to_num()
+    assert all(torch.equal(wanted, GPU[FAMILY].call(case, plan=plan)[0].nan_to_num()) for _ in range(100))
+    calls.forget()
 
 
 @gpu
@@ -236,7 +263,7 @@ def test_pages_with(spec):
 @gpu
 @hopper
 def test_pages_in_splits():
-    case = make_case(dtype=torch.bfloat16, device="cuda", lengths=PAGED, heads=(4, 2), dim=256, page=32)
+    case = make_case(dtype=torch.bfloat16, device="cuda", lengths=PAGED[:5], heads=(4, 2), dim=256, page=32)
     GPU["hopper_tiled"].check(case, plan={"family": "hopper_tiled", "split_kv": 3})
 
 
@@ -323,6 +350,10 @@ def test_odd_groups_do_not_pair_and_masks_take_narrow_tiles():
 def test_few_blocks_split_their_keys():
     one = Problem("bfloat16", 256, 256, 8, 4, 1, 512, 512, 8192)
     assert plan_of(one).split_kv > 1
+    assert plan_of(replace(one, num_tokens=1000, max_len_extend=1000, num_kv_indices=0)).split_kv > 1
+    assert plan_of(replace(one, batch_size=2, num_tokens=1024, num_kv_indices=2 * 8192)).split_kv == 2
+    even = replace(one, batch_size=16, num_tokens=2048, max_len_extend=128, num_kv_indices=16 * 2048)
+    assert plan_of(even).split_kv == 1  # a wave of equal blocks
     assert plan_of(CHUNK).split_kv == 1
     assert plan_of(replace(one, sliding_window=100)).split_kv == 1
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from cases import make_case
 from modes import GPU
-from test_hopper_tiled import CHUNK, FAMILY, H100, UGLY, check, gpu, hopper, plan_of, repeat
+from test_hopper_tiled import CHUNK, FAMILY, FEW, H100, UGLY, check, gpu, hopper, plan_of, repeat
 
 from extend_attn.plan import illegal
 
 
 @gpu
 @hopper
-@pytest.mark.parametrize("dim, splits, gqa", [(128, 1, False), (64, 3, True), (256, 1, True), (512, 2, False)])
+@pytest.mark.parametrize("dim, gqa", [(128, False), (64, True), (256, True), (512, False)])
 @pytest.mark.parametrize(
     "spec",
     [
@@ -30,10 +30,30 @@ from extend_attn.plan import illegal
     ],
     ids=str,
 )
-def test_masks_and_positions(spec, dim, splits, gqa):
-    """Rows that see nothing, in one tile or at all; windows over depths; splits of both."""
+def test_masks_and_positions(spec, dim, gqa):
+    """Rows that see nothing, in one tile or at all; windows over depths."""
     case = make_case(dtype=torch.bfloat16, device="cuda", lengths=UGLY, heads=(4, 2), dim=dim, **spec)
-    GPU["hopper_tiled"].check(case, plan={"family": FAMILY, "pack_gqa": gqa, "split_kv": splits})
+    GPU["hopper_tiled"].check(case, plan={"family": FAMILY, "pack_gqa": gqa})
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("dim, gqa", [(64, True), (512, False)])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dict(mask="tree"),
+        dict(mask="random", mask_prefix=True),
+        dict(mask="nothing", sinks=torch.float32),
+        dict(mask="tree", tree_positions=True, temperature_len=100),
+        dict(mask="random", unified=True),
+    ],
+    ids=str,
+)
+def test_splits_of_masked_keys(spec, dim, gqa):
+    """Rows that see nothing of a part, or of any."""
+    case = make_case(dtype=torch.bfloat16, device="cuda", lengths=FEW, heads=(4, 2), dim=dim, **spec)
+    GPU["hopper_tiled"].check(case, plan={"family": FAMILY, "pack_gqa": gqa, "split_kv": 3})
 
 
 @gpu
@@ -49,9 +69,8 @@ def test_masks_beside_other_features(no_prefix, kv_dtype):
 
 @gpu
 @hopper
-def test_windows_split():
-    lengths = [(1, 129), (65, 700), (0, 70), (129, 0), (700, 1), (300, 1500)]
-    case = make_case(dtype=torch.bfloat16, device="cuda", lengths=lengths, heads=(4, 2), dim=128, window=300)
+def test_windows_are_not_split():
+    case = make_case(dtype=torch.bfloat16, device="cuda", lengths=FEW, heads=(4, 2), dim=128, window=300)
     GPU["hopper_tiled"].check(case, plan={"family": FAMILY, "split_kv": 3})
 
 
@@ -108,6 +127,9 @@ def test_values_that_a_mask_hides_may_be_anything(bad, unified):
 )
 def test_latent_values(spec, splits):
     spec = {"dim": 576, "dim_v": 512, "heads": (4, 1), "lengths": UGLY, "dtype": torch.bfloat16, **spec}
+    if splits > 1:
+        spec["lengths"] = [(e, p if any(p for _, p in spec["lengths"]) else 0) for e, p in FEW]
+        spec["heads"] = (4, 1)  # more heads are more blocks than programs
     apart = spec.pop("apart", False)
     case = make_case(device="cuda", alias=True, **spec)
     if apart:
@@ -128,7 +150,6 @@ def test_latent_values(spec, splits):
 )
 def test_repeats_of_latent_and_masked_calls(spec):
     repeat(GPU["hopper_tiled"], make_case(**{"dtype": torch.bfloat16, "device": "cuda", "lengths": UGLY, **spec}))
-
 
 
 # -- plans; need no GPU

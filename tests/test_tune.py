@@ -323,6 +323,8 @@ def test_the_heuristics_follow_the_sweeps():
     for line in (RESULTS / "2026-11-25-h200-evaluate-1.jsonl").read_text().splitlines():
         swept = evaluation.Outcome.from_json(json.loads(line))
         chosen = select(swept.problem, device, plan="heuristic")
+        if chosen.family == "hopper_tiled":
+            chosen = dataclasses.replace(chosen, pdl=False)  # dependent launch came after the run
         remade = chosen.family == "hopper_tiled" and chosen.tile.num_stages == 1 and swept.problem.head_dim_qk <= 256
         us = swept.plans.get(str(chosen))
         if us is not None and not remade:  # one ring of keys and values came after the run

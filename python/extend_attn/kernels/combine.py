@@ -1,5 +1,4 @@
-"""Merges the partial results of splits (of the plain packed family and of hopper_tiled) in split order, so that repeats
-are bit-identical."""
+"""Merges the partial results of the plain packed family's splits in their order, so that repeats are bit-identical."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The launch of the combine kernel, after kernels that share a tile's keys (hopper_packed merges by itself)."""
+"""The launch of the combine kernel, after plain kernels that share a tile's keys (the Hopper families merge by
+themselves)."""
 
 from __future__ import annotations
 
-from typing import List, Optional, Tuple
+from typing import List, Tuple
 
 import torch
 
@@ -20,13 +21,11 @@ COMBINE_ELEMENTS = (4096, 16384)
 
 
 def combine_after(
-    plan: Plan, inputs: Inputs, problem: Problem, block_dv: int, tiles: int, row_blocks: int, pdl: bool,
-    shape: Optional[Tuple[int, int]] = None,
+    plan: Plan, inputs: Inputs, problem: Problem, block_dv: int, tiles: int, row_blocks: int, pdl: bool
 ) -> Tuple[Kernel, Tuple[Workspace, ...]]:  # fmt: skip
     """The combine kernel after ``plan.split_kv`` splits of so many tiles, and its workspaces: the parts' results, their
-    maxima and sums. ``shape``: rows of a tile and rows a token (None: a packed tile's)."""
-    block_m, rows = shape or (plan.tile.block_m, problem.group)
-    splits = plan.split_kv
+    maxima and sums."""
+    block_m, splits = plan.tile.block_m, plan.split_kv
     few, many = (max(2, elements // block_dv) for elements in COMBINE_ELEMENTS)
     chunk = few if splits <= few else many
     constants = dict(
@@ -36,7 +35,7 @@ def combine_after(
         SINKS=problem.sinks,
         LSE=problem.return_lse,
         BLOCK_M=block_m,
-        ROWS=rows,
+        ROWS=problem.group,
         CHUNK=chunk,
         PDL=pdl,
     )

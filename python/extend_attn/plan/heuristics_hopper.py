@@ -15,7 +15,16 @@ from .legality_hopper import (
     packed_held,
     packed_held_max,
 )
-from .legality_hopper_tiled import ROWS, WARPS, latent, shares_ring, tiled_blocks, tiled_rows, v_is_k
+from .legality_hopper_tiled import (
+    ROWS,
+    WARPS,
+    latent,
+    shares_ring,
+    tiled_blocks,
+    tiled_items,
+    tiled_rows,
+    v_is_k,
+)
 from .tile import BLOCK_M_MIN, BLOCK_MIN, STAGES_MAX, Plan, Tile
 
 # Families that passed the contract tests on a GPU and were faster there than the plain ones; no other is a default.
@@ -33,6 +42,13 @@ PLAIN_GROUP, PLAIN_ROWS_MAX, PLAIN_HEAD_DIM_MAX = 8, 256, 256
 NARROW_HEAD_DIM, NARROW_GROUP, NARROW_WAVES, PLAIN_FP8_KEYS = 64, 1, 1.5, 128
 FEW_TOKENS = 16
 PACKED_BLOCK_N = 64
+# Registers that packed_held may name before a second consumer shares the rows. On an H200, us with one and two: 64 rows
+# at head dim 128 (160) 75 and 69, at 64 (128) 61 and 56, 32 rows at 512 (176) 142 and 134; but 32 rows at 128 (80) 66.6
+# and 67.1, at 256 (112) 128.9 and 129.4.
+HELD_OF_ONE = 112
+# 16 rows at head dim 128 in more programs than a wave take 244.7 us with 128 keys a tile, 246.0 with 64 (32 sequences
+# of 8000 tokens on an H200); 8 rows 244.9 and 243.3.
+WIDE_BLOCK_N, WIDE_ROWS, WIDE_HEAD_DIM, WIDE_KEYS = 128, 16, 128, 4096
 # fp8 codes are converted a tile at a time: wider tiles of small heads wait less often (64 sequences of 4000 tokens at
 # head dim 128: 230 us on an H100, 267 with 64 keys), where a sequence has more than SHORT keys (78 of 34: 22.5 us on an
 # H200 with 64 keys a tile, 29.9 with 128).
@@ -68,9 +84,9 @@ MIN_SPLIT_KEYS, MIN_SPLIT_KEYS_FEW, SPLITS_FEW = 512, 128, 8
 # on an H200 in one, 7.9 in 2; 493 take 7.6, 6.6 in 2 and 5.4 in 4.
 SPLIT_GAIN_KEYS = 320
 SPLIT_MAX = 64
-# Of hopper_tiled, whose parts are whole blocks of rows: 1000 new tokens in 3 splits of 5 tiles take 39 us on an H100,
-# 27 in one; 512 after 8192 take 115 in 5 splits of 27, 196 in one.
-MIN_SPLIT_TILES, TILED_SPLIT_MAX = 16, 16
+# Of hopper_tiled: key tiles of a part at least (1000 new tokens take 21.6 us on an H200 in 2 parts of 8, 24.6 in one),
+# and parts at most.
+MIN_SPLIT_TILES, TILED_SPLIT_MAX = 8, 16
 # From this many new tokens on hopper_tiled takes two heads of a group over 64 tokens rather than 128 tokens of one:
 # 383 against 390 us for 8192 tokens on an H100. So it does up to 64 new tokens, where the other consumer would have
 # none (234 against 379 us for 32 behind 8000, 16 sequences, groups of 4), up to 256, of which the second block of 128
@@ -147,9 +163,12 @@ def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
         few = not _fills(problem, -(-problem.rows // tile.block_m), device, HALF_BLOCK_PROGRAMS)
         if keys <= (2 * HALF_BLOCK_KEYS if few else HALF_BLOCK_KEYS):
             tile = tile.merged({"block_m": tile.block_m // 2})
-    while packed_held(problem, tile) > packed_held_max(problem, tile):  # a second warpgroup, then fewer rows
+    while packed_held(problem, tile) > _held_well(problem, tile):  # a second consumer, then fewer rows
         tile = tile.merged({"num_warps": 8} if tile.num_warps == 4 else {"block_m": tile.block_m // 2, "num_warps": 4})
     programs = max(problem.batch_size, 1) * problem.num_kv_heads * -(-max(problem.rows, 1) // tile.block_m)
+    wide = (tile.block_m, block_d) == (WIDE_ROWS, WIDE_HEAD_DIM) and keys >= WIDE_KEYS
+    if wide and not fp8 and programs > device.sm_count:
+        tile = tile.merged({"block_n": WIDE_BLOCK_N})
     split_kv = packed_splits(problem, device, programs)
     one_wave = problem.has_prefix and not fp8 and programs * split_kv <= device.sm_count
     even = split_kv == 1 and _even(problem, one_wave, programs > device.sm_count)
@@ -158,6 +177,11 @@ def hopper_packed_plan(problem: Problem, device: DeviceSpec) -> Plan:
     tile = tile.merged({"num_stages": _stages(problem, tile, deep, device)})
     shares = device.sm_count if even else 0
     return Plan("hopper_packed", tile, split_kv=split_kv, programs=shares, pdl=True, source="heuristic")
+
+
+def _held_well(problem: Problem, tile: Tile) -> int:
+    """The most that ``packed_held`` may be where more consumers or fewer rows would not be faster."""
+    return min(HELD_OF_ONE, packed_held_max(problem, tile)) if tile.num_warps == 4 else packed_held_max(problem, tile)
 
 
 def _stages(problem: Problem, tile: Tile, deep: bool, device: DeviceSpec) -> int:
@@ -216,12 +240,12 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
         tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
     pack = problem.group % 2 == 0 and not latent(problem) and _pairs(problem)
     if _four_consumers(problem, device):
-        return Plan("hopper_tiled", Tile(4 * ROWS, 64, 4 * WARPS, 2), source="heuristic")
+        return Plan("hopper_tiled", Tile(4 * ROWS, 64, 4 * WARPS, 2), pdl=True, source="heuristic")
     split_kv = tiled_splits(problem, device, tile.block_n, pack)
     if split_kv == 1 and not (wide or problem.custom_mask or is_fp8(problem) or _long(problem)):
         one = Plan("hopper_tiled", tile.merged({"num_stages": 1}))
         tile = one.tile if shares_ring(problem, one) else tile
-    return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=split_kv > 1, source="heuristic")
+    return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=True, source="heuristic")
 
 
 def _four_consumers(problem: Problem, device: DeviceSpec) -> bool:
@@ -230,8 +254,7 @@ def _four_consumers(problem: Problem, device: DeviceSpec) -> bool:
         return False
     if problem.has_pool or problem.custom_mask or problem.sliding_window > 0:
         return False
-    blocks = max(problem.batch_size, 1) * problem.num_q_heads * -(-problem.max_len_extend // (4 * ROWS))
-    return blocks >= FULL_WAVE * device.sm_count
+    return tiled_items(problem, 1, 4 * ROWS) >= FULL_WAVE * device.sm_count
 
 
 def _few_keys(problem: Problem) -> bool:
@@ -241,7 +264,12 @@ def _few_keys(problem: Problem) -> bool:
 
 def _long(problem: Problem) -> bool:
     """Whether a block of rows is a whole prompt's: its queries and outputs then cost little beside its keys."""
-    return problem.sliding_window <= 0 and problem.max_len_extend >= PAIR_MIN_LEN_EXTEND
+    return problem.sliding_window <= 0 and _is_prompt(problem)
+
+
+def _is_prompt(problem: Problem) -> bool:
+    """Many new tokens, and no more before them."""
+    return problem.max_len_extend >= PAIR_MIN_LEN_EXTEND and problem.prefix_hint <= problem.max_len_extend
 
 
 def _pairs(problem: Problem) -> bool:
@@ -249,18 +277,13 @@ def _pairs(problem: Problem) -> bool:
     tokens = problem.max_len_extend
     if problem.custom_mask or max(problem.head_dim_qk, problem.head_dim_v) > 256:
         return True
-    return tokens <= ROWS or PAIR_FROM < tokens <= PAIR_TO or tokens >= PAIR_MIN_LEN_EXTEND
+    return tokens <= ROWS or PAIR_FROM < tokens <= PAIR_TO or _is_prompt(problem)
 
 
 def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool) -> int:
-    """Programs that share the keys of a block of rows: one if blocks fill the GPU, or a window makes them short."""
+    """Parts of one block's keys: as many as fit one wave, and no shorter than what pays for the merge."""
     if problem.sliding_window > 0:
         return 1
-    tokens = ROWS if pack else tiled_rows(problem)
-    blocks = -(-problem.max_len_extend // tokens)
-    slices = 1 if latent(problem) else tiled_blocks(problem)[3]
-    items = max(problem.batch_size, 1) * blocks * slices * problem.num_q_heads // (2 if pack else 1)
-    most_tiles = -(-(problem.prefix_hint + problem.max_len_extend) // block_n)
-    if items >= FULL_WAVE * device.sm_count or items == 0:
-        return 1
-    return max(1, min(device.sm_count // items, most_tiles // MIN_SPLIT_TILES, TILED_SPLIT_MAX))
+    items = tiled_items(problem, 2 if pack else 1, ROWS if pack else tiled_rows(problem))
+    longest = -(-(problem.prefix_hint + problem.max_len_extend) // block_n)
+    return max(1, min(device.sm_count // max(items, 1), longest // MIN_SPLIT_TILES, TILED_SPLIT_MAX))

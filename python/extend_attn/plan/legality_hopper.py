@@ -19,6 +19,7 @@ PACKED_ROWS_MAX = 64
 # Registers of accumulator, logits, weights and sums that leave a consumer enough for the rest: of 160 with room for two
 # programs a multiprocessor, of 200 to 240, and of 160 where four warpgroups share the registers.
 HELD_OF_TWO, HELD_MAX, HELD_MAX_CROWDED = 80, 176, 112
+NARROW_PRODUCER = 64  # keys a tile up to which a producer needs no more than 72 registers
 BARRIERS = 2560  # bytes: mbarriers, what warp specialisation keeps in shared memory, sums across warps
 
 
@@ -71,18 +72,21 @@ def is_fp8(problem: Problem) -> bool:
     return problem.has_pool and problem.kv_dtype != problem.dtype
 
 
-def packed_registers(problem: Problem, plan: Plan) -> Tuple[int, int]:
-    """(registers a thread that the launch reserves, those that a producer keeps); consumers share the rest.
+def packed_registers(problem: Problem, plan: Plan) -> Tuple[int, int, int]:
+    """(registers a thread that the launch reserves, those of a second consumer, those that a producer keeps); the first
+    consumer has the rest.
 
-    One warpgroup of consumers and one of producers get 160 and 96, which leaves room for two programs a
-    multiprocessor. Many rows, or a group of converting producers for each of K and V, take what one program can have.
+    One consumer, a warpgroup, and one of producers get 160 and 96, which leaves room for two programs a multiprocessor.
+    Many rows, or a group of converting producers for each of K and V, take what one program can have.
     """
     tall = plan.tile.num_warps > 4
     if not is_fp8(problem):
-        return (168, 96) if tall or packed_held(problem, plan.tile) > HELD_OF_TWO else (128, 96)
+        if tall:
+            return (168, 216, 72) if plan.tile.block_n <= NARROW_PRODUCER else (168, 200, 96)
+        return (168, 0, 96) if packed_held(problem, plan.tile) > HELD_OF_TWO else (128, 0, 96)
     if tall:
-        return (168, 96) if v_is_k(problem) else (128, 96)
-    return 168, 128
+        return (168, 200, 96) if v_is_k(problem) else (128, 160, 96)
+    return 168, 0, 128
 
 
 def packed_held_max(problem: Problem, tile: Tile) -> int:

@@ -60,6 +60,19 @@ def tiled_rows(problem: Problem, consumers: int = 2) -> int:
     return ROWS if latent(problem) else consumers * ROWS
 
 
+def tiled_items(problem: Problem, heads: int, tokens: int) -> int:
+    """Work items at most: blocks of so many tokens of so many query heads, times slices of values."""
+    blocks = max(problem.batch_size, 1) * -(-problem.max_len_extend // tokens)
+    slices = 1 if latent(problem) else tiled_blocks(problem)[3]
+    return blocks * problem.num_q_heads // heads * slices
+
+
+def tiled_parts(problem: Problem, plan: Plan, items: int, programs: int) -> int:
+    """Parts at most into which the keys of ``items`` are cut, so that all run at once: fewer than the plan's
+    ``split_kv`` where there are many items, none (1) where a window makes them short."""
+    return 1 if problem.sliding_window > 0 else max(1, min(plan.split_kv, programs // max(items, 1)))
+
+
 def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
     """Why the family's ``plan`` cannot run ``problem``, or None if it can."""
     tile = plan.tile
@@ -106,6 +119,8 @@ def _takes_two(problem: Problem, plan: Plan) -> Optional[str]:
         return "two share a tile's scores where values are the front of latent keys"
     if plan.pack_gqa:
         return "pack_gqa gives two one head each"
+    if plan.split_kv > 1:
+        return f"split_kv: {plan.split_kv}; blocks that leave programs to parts have two"
     if problem.has_pool or problem.custom_mask:
         return "a producer that gathers rows or reads a mask needs registers that only two leave it"
     if plan.tile.num_stages < 2:

@@ -74,13 +74,13 @@ class Plan:
 
     ``family``: "tiled" (a flat grid over blocks of query rows; prefill and chunks) or "packed" (all query heads of a KV
     head and all new tokens in one tile's rows, one read of K/V; verify and decode); "hopper_tiled" and "hopper_packed"
-    are the same in Gluon, for sm_90 alone. ``split_kv`` (packed) is the upper bound of programs that share one
-    sequence's keys; on the device short sequences use fewer. ``programs`` (hopper_packed), if > 0: so many programs
-    share the keys of all sequences evenly instead, whatever their lengths. ``pack_gqa`` (tiled) puts the query heads of
-    a KV head into one tile's rows. ``tma`` (tiled, sm_90+) loads the contiguous new K/V through TMA descriptors.
-    ``pdl`` (sm_90+): a kernel is launched before the one ahead of it ends, and waits on the device: the combine kernel,
-    and in hopper_packed the attention kernel too. ``source`` says who chose this plan;
-    it takes no part in comparisons.
+    are the same in Gluon, for sm_90 alone. ``split_kv`` (packed, hopper_tiled) is the upper bound of programs that
+    share one sequence's keys (hopper_tiled: one block's); on the device short sequences use fewer. ``programs``
+    (hopper_packed), if > 0: so many programs share the keys of all sequences evenly instead, whatever their lengths.
+    ``pack_gqa`` (tiled) puts the query heads of a KV head into one tile's rows. ``tma`` (tiled, sm_90+) loads the
+    contiguous new K/V through TMA descriptors. ``pdl`` (sm_90+): a kernel is launched before the one ahead of it
+    ends, and waits on the device: the combine kernel, and in the Hopper families the attention kernel. ``source``
+    says who chose this plan; it takes no part in comparisons.
     """
 
     family: str

@@ -80,9 +80,10 @@ def _other_shares(plan: Plan, device: DeviceSpec) -> List[Plan]:
     if plan.family == "tiled":
         return []
     counts = {1, *(plan.split_kv * n for n in SPLIT_STEPS), *(max(1, plan.split_kv // n) for n in SPLIT_STEPS)}
-    alone = plan.family == "hopper_packed"
     plans = [
-        plan.merged({"split_kv": n, "programs": 0, "pdl": device.at_least(9) and (alone or n > 1)})
+        plan.merged({"split_kv": n, "programs": 0, "pdl": device.at_least(9) and (plan.hopper or n > 1)})
         for n in sorted(counts)
     ]
-    return [*plans, plan.merged({"split_kv": 1, "programs": device.sm_count, "pdl": True})] if alone else plans
+    if plan.family == "hopper_packed":
+        plans.append(plan.merged({"split_kv": 1, "programs": device.sm_count, "pdl": True}))
+    return plans

@@ -28,8 +28,11 @@ def exists_of(call, work, shape, i, LAYOUT: gl.constexpr):
     start, end = tile_keys(work, shape, i)
     place = start + gl.arange(0, shape.BLOCK_N, layout=LAYOUT)
     exists = place < end
-    if shape.MASK:
+    if shape.MASK_PREFIX:
         exists = _seen(call, work, shape, place, exists)
+    elif shape.MASK:
+        if start + shape.BLOCK_N > work.prefix_len - work.pool_lo:  # the mask hides none of the prefix
+            exists = _seen(call, work, shape, place, exists)
     return place, exists
 
 

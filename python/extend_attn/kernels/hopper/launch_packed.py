@@ -33,16 +33,20 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     splits = plan.split_kv
     slots = 0 if inputs.k_pool is None else min(inputs.k_pool.shape[0], INT32_MAX)
     patience = PATIENCE if tiles * splits <= multiprocessors(inputs.q.device) else 0
-    registers, producer_registers = packed_registers(problem, plan)
+    registers, consumer_registers, producer_registers = packed_registers(problem, plan)
+    consumers = tile.num_warps // 4
     constants = dict(
         _constants(inputs, problem),
+        V_HALF=is_fp8(problem) and problem.dtype == "bfloat16" and not v_is_k(problem) and consumers == 1,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         STAGES=tile.num_stages,
+        CONSUMERS=consumers,
         SPLIT=splits > 1,
         EVEN=plan.programs > 0,
         PDL=plan.pdl,
         PRODUCER_WARPS=PRODUCER_WARPS,
+        CONSUMER_REGISTERS=consumer_registers,
         PRODUCER_REGISTERS=producer_registers,
     )
     packed = kernel(
@@ -50,7 +54,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         plan.programs or tiles * splits,
         (*numbers(inputs, splits, row_blocks), patience, min(inputs.kv_indices.numel(), INT32_MAX), slots),
         constants,
-        num_warps=tile.num_warps,
+        num_warps=4,  # of one consumer
         maxnreg=registers,
         **launch_options(plan.pdl),
     )
@@ -63,7 +67,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         (
             Workspace("partial", rows * constants["BLOCK_D"]),
             Workspace("partial_ml", rows * 2),
-            Workspace("arrivals", tiles, torch.int32, zeroed=True),
+            Workspace("arrivals", tiles * consumers, torch.int32, zeroed=True),
         ),
     )
 
@@ -116,5 +120,4 @@ def _constants(inputs: Inputs, problem: Problem) -> Dict[str, Any]:
         NEGATE_Q=inputs.sm_scale < 0,
         APART=(fp8 or scaled) and not problem.unified,
         FP8=FP8_CODES[problem.kv_dtype] if fp8 else 0,
-        V_HALF=fp8 and problem.dtype == "bfloat16" and not v_is_k(problem),
     )

@@ -18,14 +18,17 @@ from ...plan.legality_hopper_tiled import (
     latent,
     shares_ring,
     tiled_blocks,
+    tiled_items,
+    tiled_parts,
     tiled_queries,
     tiled_sections,
 )
 from ...plan.tile import Plan
 from ...problem import Problem
-from ..launch_combine import combine_after, combine_tensors
+from ..compat import launch_options
 from ..recipe import Recipe, features, kernel, scalars, strides
-from .launch_packed import FP8_CODES, codes_of, mask_bytes, multiprocessors
+from ..workspace import Workspace
+from .launch_packed import FP8_CODES, PATIENCE, codes_of, mask_bytes, multiprocessors
 from .tiled import tiled_kernel
 
 # By consumers: registers a thread of the launch, and what setmaxnreg makes of them for (consumers, producer). TMA and a
@@ -51,9 +54,12 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     staged = (queries > 1 or slices > 1) and plan.split_kv == 1
     staged = staged and inputs.o.dtype == inputs.q.dtype
     stages = RING_SLOTS if one_ring else plan.tile.num_stages
-    row_blocks = -(-problem.max_len_extend // (blocks * ROWS))
-    items = row_blocks * problem.batch_size * problem.num_q_heads // heads * plan.split_kv
-    items *= 1 if latent(problem) else slices
+    tokens = blocks * ROWS
+    row_blocks = -(-problem.max_len_extend // tokens)
+    items = tiled_items(problem, heads, tokens)
+    programs = multiprocessors(inputs.q.device)
+    parts = tiled_parts(problem, plan, items, programs)
+    split = parts > 1
     on = features(inputs, problem)
     on["CAUSAL"] = on["CAUSAL"] and not on["MASK"]
     gather = on["HAS_POOL"] or on["MASK"]
@@ -61,7 +67,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     most, registers = REGISTERS[consumers]
     if fp8 or on["MASK"]:
         registers = FP8_REGISTERS
-    elif gather and plan.split_kv > 1 and plan.tile.block_n <= 64 and not latent(problem):
+    elif gather and split and plan.tile.block_n <= 64 and not latent(problem):
         registers = SPLIT_GATHER_REGISTERS
     constants: Dict[str, Any] = dict(
         CONSUMERS=consumers,
@@ -82,7 +88,8 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         STAGED=staged,
         LATENT=latent(problem),
         APART=latent(problem) and not (problem.unified or problem.v_aliases_k_new),
-        SPLIT=plan.split_kv > 1,
+        SPLIT=split,
+        PDL=plan.pdl,
         HAS_POOL=on["HAS_POOL"],
         UNIFIED=problem.unified,
         FP8=fp8,
@@ -93,16 +100,17 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         PRODUCER_WARPS=PRODUCER_WARPS if gather else 1,
     )
     numbers = (
-        *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.v_new), *strides(inputs.o),
-        problem.batch_size, row_blocks, plan.split_kv, tiled_sections(problem, items), *scalars(inputs),
+        *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.v_new), *strides(inputs.o), PATIENCE,
+        problem.batch_size, row_blocks, parts, tiled_sections(problem, items), *scalars(inputs),
     )  # fmt: skip
     tiled = kernel(
         tiled_kernel,
-        min(items, multiprocessors(inputs.q.device)),
+        min(items * parts, programs),
         numbers,
         constants,
         num_warps=4,
         maxnreg=most,
+        **launch_options(plan.pdl),
     )
     keys, box, values = plan.tile.block_n, columns, block_dv
     if latent(problem):
@@ -111,13 +119,13 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     runs = None
     if on["HAS_POOL"] and latent(problem) and not on["MASK_PREFIX"]:  # elsewhere looking costs more
         runs = keys, PANEL
-    if plan.split_kv == 1:
-        return Recipe((tiled,), functools.partial(_tensors, boxes, runs))
-    row_blocks *= blocks
-    tiles = row_blocks * problem.batch_size * problem.num_q_heads
-    width = block_dv * slices
-    combine, workspaces = combine_after(plan, inputs, problem, width, tiles, row_blocks, plan.pdl, shape=(ROWS, 1))
-    return Recipe((tiled, combine), functools.partial(_tensors_of_splits, boxes, runs), workspaces)
+    tensors = functools.partial(_tensors, boxes, runs)
+    if not split:
+        return Recipe((tiled,), tensors)
+    tiles = row_blocks * blocks * problem.batch_size * problem.num_q_heads * slices
+    rows = tiles * parts * ROWS
+    results = Workspace("partial", rows * block_dv), Workspace("partial_ml", rows * 2)
+    return Recipe((tiled,), tensors, (*results, Workspace("arrivals", tiles, torch.int32, zeroed=True)))
 
 
 _FEATURES = (
@@ -129,26 +137,18 @@ Boxes = Tuple[Optional[Tuple[int, int]], ...]  # rows and columns of the TMA box
 Runs = Optional[Tuple[int, int]]  # and of those of the pool's keys
 
 
-def _tensors(boxes: Boxes, runs: Runs, inputs: Inputs) -> Tuple[List[object], ...]:
-    return (_tiled_tensors(boxes, runs, inputs, None, None),)
-
-
-def _tensors_of_splits(boxes: Boxes, runs: Runs, inputs: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
-    partial, partial_ml = parts
-    return _tiled_tensors(boxes, runs, inputs, partial, partial_ml), combine_tensors(inputs, *parts)
-
-
-def _tiled_tensors(
-    boxes: Boxes, runs: Runs, i: Inputs, partial: Optional[torch.Tensor], partial_ml: Optional[torch.Tensor]
-) -> List[object]:
+def _tensors(boxes: Boxes, runs: Runs, i: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
     """With ``numbers`` above, the one place that knows the order of tiled_kernel's arguments."""
+    partial, partial_ml, arrivals = parts or (None, None, None)
     rows = [i.q if t is None else t for t in (i.q, i.k_new, i.v_new, i.o)]  # a unified call has no new ones: never used
-    return [
+    tensors = [
         *(None if box is None else ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
         None if runs is None else run_descriptor(i.k_pool, *runs),
         i.v_new, codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse, i.qo_indptr, i.kv_indptr, i.kv_indices,
         i.prefix_lens, mask_bytes(i), i.mask_indptr, i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
+        arrivals,
     ]  # fmt: skip
+    return (tensors,)
 
 
 def ragged_descriptor(t: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:

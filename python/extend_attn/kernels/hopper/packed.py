@@ -1,13 +1,13 @@
 """The packed kernel for Hopper: decode and verification at the memory's speed, at page size 1.
 
 One program holds the packed rows of a sequence and KV head (new tokens x heads of the group, 8 to 64) against its key
-list, or a share of it. Operands are swapped: S^T = K Q^T and O^T = V^T P^T, so that warpgroup products, 64 high, run
-over keys and value columns, and the few rows are their narrow side. K and V go from the ring straight to the tensor
-cores; only Q and P take shared memory beside it.
+list, or a share of it; many rows are shared by two consumers. Operands are swapped: S^T = K Q^T and O^T = V^T P^T, so
+that warpgroup products, 64 high, run over keys and value columns, and the few rows are their narrow side. K and V go
+from the ring straight to the tensor cores; only Q and P take shared memory beside it.
 
     producer warps    rows gathered by asynchronous copies (gather.py), or converted from fp8 (fp8_rows.py)
       -> ring         K and V tiles in turn
-    consumer warps    S^T, mask, softmax, P to shared memory, O^T; at the end the result, or a split's part of it
+    consumers         S^T, mask, softmax, P to shared memory, O^T; at the end the result, or a split's part of it
 
 Programs that share a list merge their parts at the end of the same launch (merge.py).
 """
@@ -21,84 +21,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .ahead import look_ahead
+from .ahead import look_ahead, prefetch_lengths
 from .epilogue import store_result
 from .fp8_rows import produce_fp8
 from .gather import produce
 from .gluon_compat import reinterpret
 from .merge import finish_pair
-from .packed_work import Call, Shape, key_index, key_positions, tile_keys
+from .packed_masks import rows_see, whole_places
+from .packed_work import Call, Shape
 from .ring import Ring, barriers
 from .shares import Share, even_share, next_work, parts_of
-from .softmax import logits, step
+from .softmax import NONE_SEEN, SLACK, any_over, bent_logits, no_sums, row_sums, thread_sums
 
 UNSPECIALIZED = [
-    "batch_size",
-    "window",
-    "sm_scale",
-    "pool_scale",
-    "v_scale",
-    "logit_cap",
-    "temperature_len",
-    "log2_temperature_len",
-    "num_splits",
-    "row_blocks",
-    "patience",
-    "num_indices",
-    "num_slots",
-]
+    "batch_size", "window", "sm_scale", "pool_scale", "v_scale", "logit_cap", "temperature_len", "log2_temperature_len",
+    "num_splits", "row_blocks", "patience", "num_indices", "num_slots",
+]  # fmt: skip
 UNALIGNED = [
-    "qo_indptr",
-    "kv_indptr",
-    "kv_indices",
-    "prefix_lens",
-    "custom_mask",
-    "mask_indptr",
-    "sinks",
-    "window_offsets",
-    "q_positions",
-    "lse",
-]
-
-
-# Tiles whose rows are prefetched under a window, where lists are short and a call's fixed cost counts: on an H200 32
-# verifications of 64 keys take 5.63 us so, 5.99 without, those of a window of 1024 34.3 and 34.6. Elsewhere it costs:
-# 0.5 % where there are several waves of programs, 1 % with 64 rows; and after splits one_verify takes 15.1 us, 13.4
-# without, since its programs are there a whole kernel early and their prefetches meet that one's reads.
-TILES_AHEAD = gl.constexpr(3)
-
-
-@gluon.jit
-def _seen(call, work, shape, i, token, row_ok, row_position):
-    """[BLOCK_N, BLOCK_M]: which row sees which key of tile ``i``."""
-    KEYS: gl.constexpr = gl.SliceLayout(1, shape.MMA)
-    start, end = tile_keys(work, shape, i)
-    place = start + gl.arange(0, shape.BLOCK_N, layout=KEYS)
-    exists = place < end
-    index = key_index(work, shape, place)
-    seen = exists[:, None] & row_ok[None, :]
-    CAUSAL: gl.constexpr = shape.CAUSAL and not shape.MASK
-    if CAUSAL:
-        seen = seen & (index[:, None] <= (work.prefix_len + token)[None, :])
-    if shape.WINDOW:
-        position = key_positions(call, work, shape, index, exists)
-        seen = seen & (row_position[None, :] <= (position + call.window)[:, None])
-    if shape.MASK:
-        masked = seen
-        if not shape.MASK_PREFIX:
-            masked = seen & (index >= work.prefix_len)[:, None]
-        rows = work.mask_row + token.to(gl.int64) * work.mask_stride
-        bytes_ = call.custom_mask + rows[None, :] + index.to(gl.int64)[:, None]
-        seen = seen & (gl.load(bytes_, mask=masked, other=1) != 0)
-    return seen
+    "qo_indptr", "kv_indptr", "kv_indices", "prefix_lens", "custom_mask", "mask_indptr", "sinks", "window_offsets",
+    "q_positions", "lse",
+]  # fmt: skip
 
 
 @gluon.jit
 def _load_query(call, work, shape, q_tile, COLUMN: gl.constexpr):
     """The packed query rows, columns from COLUMN on, into shared memory; what is not there is 0."""
     LANES: gl.constexpr = min(q_tile.shape[1] // 8, 32)
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [shape.WARPS, 1], [1, 0])
-    r = work.row_first + gl.arange(0, shape.BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    r = work.row_first + gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, LAYOUT))
     columns = COLUMN + gl.arange(0, q_tile.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     head = work.kv_head * shape.GROUP + r % shape.GROUP
     rows = (work.q_start + r // shape.GROUP) * call.stride_qt + head.to(gl.int64) * call.stride_qh
@@ -111,25 +61,32 @@ def _load_query(call, work, shape, q_tile, COLUMN: gl.constexpr):
 
 
 @gluon.jit
-def _fold_values(acc, p, alpha, slot, p_tile, kind: gl.constexpr):
-    """O^T * alpha + V^T P^T, with P in type ``kind``, which is V's."""
+def _fold_values(acc, p, slot, p_tile, kind: gl.constexpr):
+    """O^T + V^T P^T, with P in type ``kind``, which is V's."""
     weights = reinterpret(p_tile, kind, p_tile.shape, p_tile.layout)
     weights.store(gl.permute(p.to(kind), (1, 0)))
     fence_async_shared()
     values = reinterpret(slot, kind, slot.shape, slot.layout)
-    product = warpgroup_mma(values.permute((1, 0)), weights.permute((1, 0)), acc * alpha[None, :], is_async=True)
+    product = warpgroup_mma(values.permute((1, 0)), weights.permute((1, 0)), acc, is_async=True)
     return warpgroup_mma_wait(0, [product])
 
 
 @gluon.jit
+def _here(x):
+    """``x``, of which the compiler knows too little to make anything of it ahead of a loop."""
+    return gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _consume(
-    call, shape, share, ring, pe, q_tile, q_pe, p_tile, pairs, num_splits, patience, num_indices, num_slots,
-    WAIT: gl.constexpr,
+    WHO: gl.constexpr, WAIT: gl.constexpr, call, shape, share, ring, pe, queries, queries_pe, weights, pairs,
+    num_splits, patience, num_indices, num_slots,
 ):  # fmt: skip
-    """The consumer's partition."""
+    """A consumer's partition. Nothing passes between two of them: each waits for itself, and so one's softmax goes on
+    beside the other's products."""
     if WAIT:
-        if shape.HAS_POOL and shape.WINDOW and not shape.SPLIT:
-            look_ahead(call, shape, pairs, num_indices, num_slots, TILES_AHEAD)
+        if shape.HAS_POOL and not shape.SPLIT and WHO == 0:
+            look_ahead(call, shape, pairs, num_indices, num_slots)
         gdc_wait()
     MMA: gl.constexpr = shape.MMA
     ROWS: gl.constexpr = gl.SliceLayout(0, MMA)
@@ -138,22 +95,26 @@ def _consume(
     n = 0
     cursor, sequence, base = share.cursor, share.sequence, share.base
     while cursor < share.end:
-        work, start, cursor, sequence, base = next_work(call, shape, share, cursor, sequence, base, pairs, num_splits)
-        _load_query(call, work, shape, q_tile, 0)
+        work, start, cursor, sequence, base = next_work(
+            call, shape, share, cursor, sequence, base, pairs, num_splits, WHO
+        )  # fmt: skip
+        _load_query(call, work, shape, queries.index(WHO), 0)
         if shape.BLOCK_PE > 0:
-            _load_query(call, work, shape, q_pe, shape.BLOCK_D)
+            _load_query(call, work, shape, queries_pe.index(WHO), shape.BLOCK_D)
         fence_async_shared()
 
-        r = work.row_first + gl.arange(0, shape.BLOCK_M, layout=ROWS)
+        r = work.row_first + gl.arange(0, shape.ROWS, layout=ROWS)
         token = r // shape.GROUP
-        row_ok = token < work.extend_len
         row_position = work.offset + work.prefix_len + token
         if shape.Q_POSITIONS:
-            row_position = gl.load(call.q_positions + work.q_start + token, mask=row_ok, other=0)
+            row_position = gl.load(
+                call.q_positions + work.q_start + token, mask=token < work.extend_len, other=0
+            )  # fmt: skip
+        whole_from, whole_to = whole_places(call, work, shape)
 
-        acc = gl.zeros([shape.BLOCK_D, shape.BLOCK_M], gl.float32, MMA)
-        sums = gl.zeros([shape.BLOCK_N, shape.BLOCK_M], gl.float32, MMA)  # of each thread's own weights
-        m_i = gl.full([shape.BLOCK_M], float("-inf"), gl.float32, ROWS)
+        acc = gl.zeros([shape.BLOCK_D, shape.ROWS], gl.float32, MMA)
+        sums = no_sums(shape)
+        m_i = gl.full([shape.ROWS], NONE_SEEN, gl.float32, ROWS)
         for i in range(work.first, work.last):
             scale = call.pool_scale
             if shape.APART:
@@ -163,48 +124,65 @@ def _consume(
 
             ring.wait_full(n)
             fence_async_shared()  # rows came through the generic proxy
-            zeros = gl.zeros([shape.BLOCK_N, shape.BLOCK_M], gl.float32, MMA)
-            s = warpgroup_mma(ring.slot(n), q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            zeros = gl.zeros([shape.BLOCK_N, shape.ROWS], gl.float32, MMA)
+            at = _here(WHO)
+            s = warpgroup_mma(ring.slot(n), queries.index(at).permute((1, 0)), zeros, use_acc=False, is_async=True)
             if shape.BLOCK_PE > 0:
                 k_pe = pe.index(n // STEP % pe.shape[0])
-                s = warpgroup_mma(k_pe, q_pe.permute((1, 0)), s, is_async=True)
+                s = warpgroup_mma(k_pe, queries_pe.index(at).permute((1, 0)), s, is_async=True)
             s = warpgroup_mma_wait(0, [s])
             if not shape.V_IS_K:
                 ring.release(n)
                 n += 1
 
-            s = logits(s, scale, call, row_position, shape)
-            s = gl.where(_seen(call, work, shape, i, token, row_ok, row_position), s, float("-inf"))
-            p, alpha, m_i = step(s, m_i)
-            sums = sums * alpha[None, :] + p
+            if shape.CAP or shape.TEMPERATURE:
+                s = bent_logits(s, scale, call, row_position, shape)
+                scale = gl.to_tensor(1.0)
+            if (i * shape.BLOCK_N < whole_from) | ((i + 1) * shape.BLOCK_N > whole_to):
+                s = gl.where(rows_see(call, work, shape, i, token, row_position), s * scale, float("-inf"))
+                scale = gl.to_tensor(1.0)
+            moves = i == work.first
+            if not moves:
+                moves = any_over(s * scale - m_i[None, :], SLACK)
+            if moves:
+                m_new = gl.max(s * scale, 0)
+                m_new = gl.where(m_new > m_i + SLACK, m_new, m_i)
+                alpha = gl.exp2(m_i - m_new)
+                m_i = m_new
+                acc = acc * alpha[None, :]
+                sums = sums * gl.convert_layout(alpha, gl.SliceLayout(0, sums.type.layout))[None, :]
+            p = gl.exp2(s * scale - m_i[None, :])
+            sums += thread_sums(p)
             if shape.V_SCALED and not shape.UNIFIED:  # what the pool's tiles gave, when they have ended
-                alpha = alpha * gl.where(i == work.pool_tiles, call.v_scale, 1.0)
+                if i == work.pool_tiles:
+                    acc = acc * call.v_scale
             if not shape.V_IS_K:
                 ring.wait_full(n)
                 fence_async_shared()
+            p_tile = weights.index(at)
             if shape.V_HALF:
                 if shape.UNIFIED or i < work.pool_tiles:
-                    acc = _fold_values(acc, p, alpha, ring.slot(n), p_tile, gl.float16)
+                    acc = _fold_values(acc, p, ring.slot(n), p_tile, gl.float16)
                 else:
-                    acc = _fold_values(acc, p, alpha, ring.slot(n), p_tile, kind)
+                    acc = _fold_values(acc, p, ring.slot(n), p_tile, kind)
             else:
-                acc = _fold_values(acc, p, alpha, ring.slot(n), p_tile, kind)
+                acc = _fold_values(acc, p, ring.slot(n), p_tile, kind)
             ring.release(n)
             n += 1
         if shape.V_SCALED:
             acc = acc * gl.where(work.last <= work.pool_tiles, call.v_scale, 1.0)
-        l_i = gl.sum(sums, 0)
+        l_i = row_sums(sums, shape)
         if shape.SPLIT or shape.EVEN:
             part, parts = parts_of(shape, share, work, start, num_splits)
             if part < parts:
-                pair = work.sequence * pairs + work.pair
-                finish_pair(call, work, shape, acc, m_i, l_i, pair, part, parts, patience)
+                pair = (work.sequence * pairs + work.pair) * shape.CONSUMERS + WHO
+                finish_pair(call, work, shape, acc, m_i, l_i, queries.index(WHO), pair, part, parts, patience)
         else:
-            store_result(call, work, shape, acc, m_i, l_i)
+            store_result(call, work, shape, acc, m_i, l_i, queries.index(WHO))
 
 
 @gluon.jit
-def _produce(call, shape, share, ring, pe, pairs, num_splits, WAIT: gl.constexpr, WARPS: gl.constexpr):
+def _produce(V: gl.constexpr, WAIT: gl.constexpr, WARPS: gl.constexpr, call, shape, share, ring, pe, pairs, num_splits):
     """The partition of the producer of rows in 16 bits."""
     if WAIT:
         gdc_wait()
@@ -212,8 +190,8 @@ def _produce(call, shape, share, ring, pe, pairs, num_splits, WAIT: gl.constexpr
 
 
 @gluon.jit
-def _produce_fp8(call, shape, share, ring, pe, pairs, num_splits, V: gl.constexpr, WAIT: gl.constexpr,
-                 WARPS: gl.constexpr):  # fmt: skip
+def _produce_fp8(V: gl.constexpr, WAIT: gl.constexpr, WARPS: gl.constexpr, call, shape, share, ring, pe, pairs,
+                 num_splits):  # fmt: skip
     """The partition of the producer of fp8 keys or values."""
     if WAIT:
         gdc_wait()
@@ -292,35 +270,37 @@ def packed_kernel(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     SPLIT: gl.constexpr,
     EVEN: gl.constexpr,
     PDL: gl.constexpr,
     PRODUCER_WARPS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    WARPS: gl.constexpr = gl.num_warps()
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, BLOCK_M // (WARPS // 4), 16])
+    ROWS: gl.constexpr = BLOCK_M // CONSUMERS
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     kind: gl.constexpr = q.dtype.element_ty
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q_tile = gl.allocate_shared_memory(kind, [BLOCK_M, BLOCK_D], SWIZZLED)
-    p_tile = gl.allocate_shared_memory(kind, [BLOCK_M, BLOCK_N], SWIZZLED)
+    queries = gl.allocate_shared_memory(kind, [CONSUMERS, ROWS, BLOCK_D], SWIZZLED)
+    weights = gl.allocate_shared_memory(kind, [CONSUMERS, ROWS, BLOCK_N], SWIZZLED)
     slots = gl.allocate_shared_memory(kind, [STAGES, BLOCK_N, BLOCK_D], SWIZZLED)
-    q_pe = q_tile
+    queries_pe = queries
     pe = slots
     if BLOCK_PE > 0:
         PE_STAGES: gl.constexpr = STAGES if V_IS_K else (STAGES + 1) // 2
-        q_pe = gl.allocate_shared_memory(kind, [BLOCK_M, BLOCK_PE], SWIZZLED)
+        queries_pe = gl.allocate_shared_memory(kind, [CONSUMERS, ROWS, BLOCK_PE], SWIZZLED)
         pe = gl.allocate_shared_memory(kind, [PE_STAGES, BLOCK_N, BLOCK_PE], SWIZZLED)
     # every thread of a gathering producer arrives when its copies have; a converting one arrives as a whole
     full = barriers(STAGES, 1 if FP8 else PRODUCER_WARPS * 32)
-    empty = barriers(STAGES, 1)
+    empty = barriers(STAGES, CONSUMERS)
     ring = Ring(slots, full, empty, STAGES)
     fence_async_shared()
 
     shape = Shape(
-        NUM_HEADS, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_PE, BLOCK_M, BLOCK_N, WARPS, HAS_POOL, UNIFIED, CAUSAL,
-        WINDOW, MASK, MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, window_offsets is not None, LSE, V_SCALED,
-        V_IS_K, NEGATE_Q, APART, FP8, V_HALF, SPLIT, EVEN, MMA,
+        NUM_HEADS, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_PE, BLOCK_M, ROWS, CONSUMERS, BLOCK_N, HAS_POOL, UNIFIED,
+        CAUSAL, WINDOW, MASK, MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, window_offsets is not None, LSE,
+        V_SCALED, V_IS_K, NEGATE_Q, APART, FP8, V_HALF, SPLIT, EVEN, MMA,
     )  # fmt: skip
     none = qo_indptr  # stands in for a pointer that is off
     call = Call(
@@ -354,6 +334,7 @@ def packed_kernel(
         gdc_launch_dependents()
     if EVEN:
         if PDL:
+            prefetch_lengths(call, batch_size)
             gdc_wait()
         share = even_share(call, shape, batch_size, pairs)
     else:
@@ -362,31 +343,46 @@ def packed_kernel(
     num_indices, num_slots = gl.to_tensor(num_indices), gl.to_tensor(num_slots)
     WAIT: gl.constexpr = PDL and not EVEN  # in the partitions, which are there by then
     consumer = (
-        call, shape, share, ring, pe, q_tile, q_pe, p_tile, pairs, num_splits, patience, num_indices, num_slots, WAIT,
+        call, shape, share, ring, pe, queries, queries_pe, weights, pairs, num_splits, patience, num_indices, num_slots,
     )  # fmt: skip
-    if FP8:
-        if V_IS_K:
-            gl.warp_specialize(
-                [
-                    (_consume, consumer),
-                    (_produce_fp8, (call, shape, share, ring, pe, pairs, num_splits, False, WAIT, PRODUCER_WARPS)),
-                ],
-                [PRODUCER_WARPS],
-                [PRODUCER_REGISTERS],
-            )
-        else:
-            gl.warp_specialize(
-                [
-                    (_consume, consumer),
-                    (_produce_fp8, (call, shape, share, ring, pe, pairs, num_splits, False, WAIT, PRODUCER_WARPS)),
-                    (_produce_fp8, (call, shape, share, ring, pe, pairs, num_splits, True, WAIT, PRODUCER_WARPS)),
-                ],
-                [PRODUCER_WARPS, PRODUCER_WARPS],
-                [PRODUCER_REGISTERS, PRODUCER_REGISTERS],
-            )
+    producer = (call, shape, share, ring, pe, pairs, num_splits)
+    if CONSUMERS == 2 and FP8 and not V_IS_K:
+        gl.warp_specialize(
+            [
+                (_consume, (0, WAIT) + consumer),
+                (_consume, (1, WAIT) + consumer),
+                (_produce_fp8, (False, WAIT, PRODUCER_WARPS) + producer),
+                (_produce_fp8, (True, WAIT, PRODUCER_WARPS) + producer),
+            ],
+            [4, PRODUCER_WARPS, PRODUCER_WARPS],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    elif CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (0, WAIT) + consumer),
+                (_consume, (1, WAIT) + consumer),
+                (_produce_fp8 if FP8 else _produce, (False, WAIT, PRODUCER_WARPS) + producer),
+            ],
+            [4, PRODUCER_WARPS],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    elif FP8 and not V_IS_K:
+        gl.warp_specialize(
+            [
+                (_consume, (0, WAIT) + consumer),
+                (_produce_fp8, (False, WAIT, PRODUCER_WARPS) + producer),
+                (_produce_fp8, (True, WAIT, PRODUCER_WARPS) + producer),
+            ],
+            [PRODUCER_WARPS, PRODUCER_WARPS],
+            [PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        )
     else:
         gl.warp_specialize(
-            [(_consume, consumer), (_produce, (call, shape, share, ring, pe, pairs, num_splits, WAIT, PRODUCER_WARPS))],
+            [
+                (_consume, (0, WAIT) + consumer),
+                (_produce_fp8 if FP8 else _produce, (False, WAIT, PRODUCER_WARPS) + producer),
+            ],
             [PRODUCER_WARPS],
             [PRODUCER_REGISTERS],
         )

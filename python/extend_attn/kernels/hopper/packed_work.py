@@ -19,11 +19,12 @@ FAR: gl.constexpr = gl.constexpr(0x7FFFFFFF)
 
 @struct
 class Shape:
-    """Compile-time facts.
+    """Compile-time facts. CONSUMERS, of four warps each, have ROWS of a tile's BLOCK_M rows each.
 
     APART: pool and new keys never share a tile, because their type or scale differs. V_HALF: values of an fp8 pool are
-    multiplied as fp16 beside a bf16 query; P, at most 1, loses nothing by that. SPLIT: a list goes to a fixed number of
-    programs in equal shares; EVEN: all lists together do (shares.py).
+    multiplied as fp16 beside a bf16 query; P, at most 2 ** SLACK, loses nothing by that. Not with two consumers, where
+    ptxas (of Triton 3.6) makes a descriptor that the products of both branches use in one of the branches only. SPLIT:
+    a list goes to a fixed number of programs in equal shares; EVEN: all lists together do (shares.py).
     """
 
     NUM_HEADS: gl.constexpr
@@ -33,8 +34,9 @@ class Shape:
     BLOCK_D: gl.constexpr
     BLOCK_PE: gl.constexpr
     BLOCK_M: gl.constexpr
+    ROWS: gl.constexpr
+    CONSUMERS: gl.constexpr
     BLOCK_N: gl.constexpr
-    WARPS: gl.constexpr
     HAS_POOL: gl.constexpr
     UNIFIED: gl.constexpr
     CAUSAL: gl.constexpr
@@ -104,7 +106,8 @@ class Call:
 
 @struct
 class Work:
-    """One program's share: rows [row_first, row_first + BLOCK_M) of a sequence and KV head, tiles [first, last).
+    """One program's share: a block of rows of a sequence and KV head, from ``row_first`` on (a consumer's own); tiles
+    [first, last); the tokens of the block's rows.
 
     The key list has ``pool_keys`` keys from index ``pool_lo`` on, then new ones from index ``new_lo`` on up to ``keys``
     in all, in ``tiles`` tiles. ``pool_tiles``: where tiles of new keys begin (APART). ``mask_row`` is the byte of token
@@ -135,8 +138,9 @@ class Work:
 
 
 @gluon.jit
-def work_of(call, shape, b, pair, share, num_shares, begin, end):
-    """The Work on a pair (block of rows, KV head) of sequence ``b``; no tiles where the sequence has no such rows.
+def work_of(call, shape, b, pair, share, num_shares, begin, end, WHO: gl.constexpr):
+    """Consumer WHO's Work on a pair (block of rows, KV head) of sequence ``b``; no tiles where the sequence has no such
+    rows.
 
     Its tiles are share ``share`` of ``num_shares`` equal ones (SPLIT), those of [begin, end) that exist (EVEN), or all.
     """
@@ -210,8 +214,8 @@ def work_of(call, shape, b, pair, share, num_shares, begin, end):
         mask_stride = (prefix_len + extend_len + cut).to(gl.int64)
         mask_row = gl.load(call.mask_indptr + b).to(gl.int64) + cut
     return Work(
-        b, pair, pair % HEADS, row_first, token_first, token_last, q_start, extend_len, kv_start, prefix_len, offset,
-        pool_lo, pool_keys, new_lo, keys, pool_tiles, tiles, first, last, mask_row, mask_stride,
+        b, pair, pair % HEADS, row_first + WHO * shape.ROWS, token_first, token_last, q_start, extend_len, kv_start,
+        prefix_len, offset, pool_lo, pool_keys, new_lo, keys, pool_tiles, tiles, first, last, mask_row, mask_stride,
     )  # fmt: skip
 
 

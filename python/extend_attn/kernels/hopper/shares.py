@@ -69,11 +69,15 @@ def even_share(call, shape, batch_size, pairs):
     total = gl.to_tensor(0)
     most = gl.to_tensor(0)
     lists = gl.to_tensor(0)
+    leading = _tiles(call, shape, ids, ids < batch_size)
+    tiles = leading
     for start in range(0, batch_size, CHUNK):
-        tiles = _tiles(call, shape, start + ids, start + ids < batch_size)
+        if start > 0:
+            tiles = _tiles(call, shape, start + ids, start + ids < batch_size)
         total += gl.sum(tiles, 0) * pairs
         lists += gl.sum((tiles > 0).to(gl.int32), 0) * pairs
         most = gl.maximum(most, gl.max(tiles, 0))
+    tiles = leading
     whole = (lists <= programs) & (most * programs * 100 <= total * SNAP_PERCENT)
     padded = gl.where(whole, most, 0)
     size = gl.maximum(gl.cdiv(total, programs), MIN_SPLIT_KEYS // shape.BLOCK_N)
@@ -84,7 +88,9 @@ def even_share(call, shape, batch_size, pairs):
     before = gl.to_tensor(0)
     passed = gl.to_tensor(0)
     for start in range(0, batch_size, CHUNK):
-        tiles = _padded(_tiles(call, shape, start + ids, start + ids < batch_size), padded)
+        if start > 0:
+            tiles = _tiles(call, shape, start + ids, start + ids < batch_size)
+        tiles = _padded(tiles, padded)
         over = (before + gl.associative_scan(tiles, 0, _add)) * pairs <= cursor
         sequence += gl.sum((over & (start + ids < batch_size)).to(gl.int32), 0)
         passed += gl.sum(gl.where(over, tiles, 0), 0)
@@ -93,7 +99,7 @@ def even_share(call, shape, batch_size, pairs):
 
 
 @gluon.jit
-def next_work(call, shape, share, cursor, sequence, base, pairs, num_splits):
+def next_work(call, shape, share, cursor, sequence, base, pairs, num_splits, WHO: gl.constexpr = 0):
     """(Work, and where its pair's tiles begin; cursor, sequence and base after it)."""
     if shape.EVEN:
         tiles = _padded(_tiles(call, shape, sequence, True), share.padded)
@@ -104,11 +110,12 @@ def next_work(call, shape, share, cursor, sequence, base, pairs, num_splits):
         pair = (cursor - base) // tiles
         start = base + pair * tiles
         stop = gl.minimum(share.end - start, tiles)
-        work = work_of(call, shape, sequence, pair, 0, 1, cursor - start, stop)
+        work = work_of(call, shape, sequence, pair, 0, 1, cursor - start, stop, WHO)
         cursor = start + stop
     else:
         tile = gl.program_id(0) // num_splits
-        work = work_of(call, shape, tile // pairs, tile % pairs, gl.program_id(0) % num_splits, num_splits, 0, 0)
+        split = gl.program_id(0) % num_splits
+        work = work_of(call, shape, tile // pairs, tile % pairs, split, num_splits, 0, 0, WHO)
         start = gl.to_tensor(0)
         cursor = share.end
     return work, start, cursor, sequence, base

@@ -5,6 +5,8 @@ from triton.experimental.gluon import language as gl
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
+SLACK = gl.constexpr(8.0)  # what a maximum may fall behind by: weights of 2 ** 8 are far from fp16's end
+NONE_SEEN = gl.constexpr(-3.0e38)  # the maximum of a row that has seen no key: finite, so that -inf minus it is -inf
 
 
 @gluon.jit
@@ -15,8 +17,8 @@ def tanh(x):
 
 
 @gluon.jit
-def logits(s, scale, call, row_position, shape):
-    """Dot products to base-2 logits: scale, cap, then temperature (one factor a row)."""
+def bent_logits(s, scale, call, row_position, shape):
+    """Dot products to base-2 logits where there is a cap or a temperature (one factor a row)."""
     if shape.CAP:
         s = tanh(s * (scale / (LOG2E * call.logit_cap))) * (call.logit_cap * LOG2E)
     else:
@@ -28,11 +30,33 @@ def logits(s, scale, call, row_position, shape):
 
 
 @gluon.jit
-def step(s, m_i):
-    """One step of the online softmax over logits [keys, rows]: (weights, factor of what came before, maximum)."""
-    m_new = gl.maximum(m_i, gl.max(s, 0))
-    finite = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row may have seen no key yet
-    return gl.exp2(s - finite[None, :]), gl.exp2(m_i - finite), m_new
+def _of_threads(x):
+    """[keys, rows] as [warps, 2, lanes, row blocks, lanes, 2]: what a thread holds lies along the 2s and the blocks."""
+    return x.reshape([x.shape[0] // 16, 2, 8, x.shape[1] // 8, 4, 2])
+
+
+@gluon.jit
+def any_over(x, limit):
+    """Whether any logit is over ``limit``."""
+    x = gl.max(gl.max(gl.max(_of_threads(x), 5), 3), 1)
+    over = (x > limit).to(gl.int32)
+    return gl.max(over.reshape([x.shape[0] * 32]), 0) > 0
+
+
+@gluon.jit
+def thread_sums(p):
+    """Sums [half of the keys, rows] of what each thread holds of a row; ``row_sums`` adds them up at the end."""
+    return gl.sum(p.reshape([p.shape[0] // 16, 2, 8, p.shape[1]]), 1).reshape([p.shape[0] // 2, p.shape[1]])
+
+
+@gluon.jit
+def no_sums(shape):
+    return thread_sums(gl.zeros([shape.BLOCK_N, shape.ROWS], gl.float32, shape.MMA))
+
+
+@gluon.jit
+def row_sums(sums, shape):
+    return gl.convert_layout(gl.sum(sums, 0), gl.SliceLayout(0, shape.MMA))
 
 
 @gluon.jit

@@ -18,9 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..compat import gdc_launch_dependents, gdc_wait
 from .gluon_compat import constexpr_function
 from .ring import Ring, barriers
-from .tiled_epilogue import store, store_part
+from .tiled_epilogue import finish_part, store
 from .tiled_latent import BOX, PARTS, consume_latent, produce_latent
 from .tiled_masks import ALL, BOTH, END, NEW, NONE, POOL, SOME, before_end, hide, seen
 from .tiled_producer import Sources, produce
@@ -154,10 +155,11 @@ def attend(WHO: gl.constexpr, memory, call, item, tiles, row0, n, number, c):
 @gluon.jit
 def consume(WHO: gl.constexpr, call, memory, c):
     """A consumer's partition: items as they come."""
+    if c.PDL:
+        gdc_wait()
     n = 0  # key tiles so far
-    number = 0  # items with keys so far
-    turn = 0
-    item = receive(memory.board, turn, call, c)
+    number = 0  # items so far
+    item = receive(memory.board, number, c)
     while item.extend_len != 0:
         tiles = tiles_of(item, call, c)
         row0 = item.first
@@ -166,23 +168,18 @@ def consume(WHO: gl.constexpr, call, memory, c):
             head += WHO
         else:
             row0 += WHO * ROWS
-        o = gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O)
-        m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
-        l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
-        if (not c.SPLIT) or tiles.begin < tiles.end:
-            o, m, l = attend(WHO, memory, call, item, tiles, row0, n - tiles.begin, number, c)
-            n += tiles.end - tiles.begin
-            number += 1
+        o, m, l = attend(WHO, memory, call, item, tiles, row0, n - tiles.begin, number, c)
         if c.SPLIT:
-            store_part(call, item, tiles, row0, head, o, m, l, c)
+            finish_part(call, item, row0, head, o, m, l, c)
         else:
-            query = (number - 1) % c.QUERIES * c.CONSUMERS + WHO
+            query = number % c.QUERIES * c.CONSUMERS + WHO
             store(query, memory, call, item, row0, head, o, m, l, c)
             if c.STAGED and c.QUERIES == 1:
                 tma.store_wait(0)
                 mbarrier.arrive(memory.q_empty.index(query), count=1)
-        turn += 1
-        item = receive(memory.board, turn, call, c)
+        n += tiles.end - tiles.begin
+        number += 1
+        item = receive(memory.board, number, c)
     if c.STAGED:
         tma.store_wait(0)
 
@@ -194,9 +191,9 @@ def partitions(consumers, of_a_consumer, of_the_producer):
 
 
 UNSPECIALIZED = [
-    "batch_size", "row_blocks", "splits", "sections", "window", "new_scale", "pool_scale", "v_scale", "logit_cap",
-    "temperature_len", "log2_temperature_len", "stride_ks", "stride_kg", "stride_vs", "stride_vg", "stride_vt",
-    "stride_vh", "stride_ot", "stride_oh",
+    "patience", "batch_size", "row_blocks", "splits", "sections", "window", "new_scale", "pool_scale", "v_scale",
+    "logit_cap", "temperature_len", "log2_temperature_len", "stride_ks", "stride_kg", "stride_vs", "stride_vg",
+    "stride_vt", "stride_vh", "stride_ot", "stride_oh",
 ]  # fmt: skip
 UNALIGNED = [
     "qo_indptr", "kv_indptr", "kv_indices", "prefix_lens", "custom_mask", "mask_indptr", "sinks", "window_offsets",
@@ -207,20 +204,22 @@ UNALIGNED = [
 @gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def tiled_kernel(
     q_desc, k_desc, v_desc, o_desc, k_runs, v_new, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices,
-    prefix_lens, custom_mask, mask_indptr, sinks, window_offsets, q_positions, partial, partial_ml, stride_ks,
-    stride_kg, stride_vs, stride_vg, stride_vt, stride_vh, stride_ot, stride_oh, batch_size, row_blocks, splits,
-    sections, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len, log2_temperature_len,
+    prefix_lens, custom_mask, mask_indptr, sinks, window_offsets, q_positions, partial, partial_ml, arrivals, stride_ks,
+    stride_kg, stride_vs, stride_vg, stride_vt, stride_vh, stride_ot, stride_oh, patience, batch_size, row_blocks,
+    splits, sections, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len, log2_temperature_len,
     CONSUMERS: gl.constexpr, NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr,
     K_CHUNKS: gl.constexpr, BLOCK_DV: gl.constexpr, V_SLICES: gl.constexpr, QUERIES: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, ONE_RING: gl.constexpr, STAGED: gl.constexpr,
-    LATENT: gl.constexpr, APART: gl.constexpr, SPLIT: gl.constexpr, HAS_POOL: gl.constexpr, UNIFIED: gl.constexpr,
-    FP8: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr, MASK_PREFIX: gl.constexpr,
-    SINKS: gl.constexpr, CAP: gl.constexpr, TEMPERATURE: gl.constexpr, Q_POSITIONS: gl.constexpr, LSE: gl.constexpr,
-    V_SCALED: gl.constexpr, NEGATE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr,
+    LATENT: gl.constexpr, APART: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr, HAS_POOL: gl.constexpr,
+    UNIFIED: gl.constexpr, FP8: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr,
+    MASK_PREFIX: gl.constexpr, SINKS: gl.constexpr, CAP: gl.constexpr, TEMPERATURE: gl.constexpr,
+    Q_POSITIONS: gl.constexpr, LSE: gl.constexpr, V_SCALED: gl.constexpr, NEGATE: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are ragged (launch_tiled.py); tensors as in ``Inputs``; numbers in the order of recipe.scalars."""
+    if PDL:
+        gdc_launch_dependents()
     RUNS: gl.constexpr = k_runs is not None
     COPIES: gl.constexpr = MASK and not UNIFIED  # new values come one by one too
     # a gathered slot is filled by all threads of the producer
@@ -233,13 +232,14 @@ def tiled_kernel(
     c = Shape(
         CONSUMERS, NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 or LATENT else CONSUMERS * ROWS,
         HEAD_DIM, HEAD_DIM_V, BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, QUERIES, ONE_RING, STAGED, LATENT,
-        APART, SPLIT, HAS_POOL, (HAS_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW, MASK,
-        MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK or (WINDOW and SPLIT), OFFSETS, LSE,
+        APART, SPLIT, PDL, HAS_POOL, (HAS_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW, MASK,
+        MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK, OFFSETS, LSE,
         V_SCALED, NEGATE, 0.0 if V_SCALED and q_desc.dtype == gl.float16 else SLACK, BLOCK_DV <= PAIRED_MAX,
         gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]), O, gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip
     call = Call(
         o_desc if STAGED else q_desc, o, lse if LSE else o, partial if SPLIT else o, partial_ml if SPLIT else o,
+        arrivals if SPLIT else qo_indptr, gl.to_tensor(patience),
         qo_indptr, kv_indptr, prefix_lens if UNIFIED else o, custom_mask if MASK else o, mask_indptr if MASK else o,
         sinks if SINKS else o, window_offsets if OFFSETS else o, q_positions if Q_POSITIONS else o,
         gl.to_tensor(stride_ot), gl.to_tensor(stride_oh), gl.to_tensor(batch_size), gl.to_tensor(row_blocks),

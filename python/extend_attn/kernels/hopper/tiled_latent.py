@@ -21,8 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..compat import gdc_wait
 from .gluon_compat import reinterpret, sync, tma_load
-from .tiled_epilogue import store, store_part
+from .tiled_epilogue import finish_part, store
 from .tiled_gather import arrived, gather, load_runs, no_slots, rows_of, runs_of
 from .tiled_masks import BOTH, NEW, first_key, sees, some_row_sees
 from .tiled_producer import new_rows
@@ -156,42 +157,34 @@ def attend_latent(WHO: gl.constexpr, memory, call, item, tiles, n, rest, c):
 @gluon.jit
 def consume_latent(WHO: gl.constexpr, call, memory, c):
     """A consumer's partition: items as they come."""
+    if c.PDL:
+        gdc_wait()
     n = 0  # pairs of halves so far
     rest = 0  # key tiles so far
-    number = 0  # items with keys so far
-    turn = 0
-    item = receive(memory.board, turn, call, c)
+    number = 0  # items so far
+    item = receive(memory.board, number, c)
     while item.extend_len != 0:
         tiles = tiles_of(item, call, c)
-        o = gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O)
-        m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
-        l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, c.S))
-        works = True
-        if c.SPLIT:
-            works = tiles.begin < tiles.end
-        if works:
-            mbarrier.wait(memory.q_full.index(0), number & 1)
-            o, m, l, n, rest = attend_latent(WHO, memory, call, item, tiles, n, rest, c)
-            memory.sums.index(WHO).store(l)
-            tell(memory, SUMS, WHO)
-            hear(memory, SUMS, WHO, number)
-            l += memory.sums.index(1 - WHO).load(gl.SliceLayout(1, c.S))
-            number += 1
+        mbarrier.wait(memory.q_full.index(0), number & 1)
+        o, m, l, n, rest = attend_latent(WHO, memory, call, item, tiles, n, rest, c)
+        memory.sums.index(WHO).store(l)
+        tell(memory, SUMS, WHO)
+        hear(memory, SUMS, WHO, number)
+        l += memory.sums.index(1 - WHO).load(gl.SliceLayout(1, c.S))
         who = gl.where(item.extend_len > 0, WHO, 0)  # from a constant Triton 3.6 can't lower the stores of parts
         half = Item(
             item.sequence, item.block, item.first, item.q_start, item.extend_len, item.prefix_len, item.head_block,
-            who, item.split,
+            who, item.part,
         )  # fmt: skip
         if c.SPLIT:
-            store_part(call, half, tiles, item.first, item.head_block, o, m, l, c)
+            finish_part(call, half, item.first, item.head_block, o, m, l, c)
         else:
             store(WHO, memory, call, half, item.first, item.head_block, o, m, l, c)
             if c.STAGED:  # the place of the queries, which both consumers have read
                 tma.store_wait(0)
-        if works:
-            mbarrier.arrive(memory.q_empty.index(WHO), count=1)
-        turn += 1
-        item = receive(memory.board, turn, call, c)
+        mbarrier.arrive(memory.q_empty.index(WHO), count=1)
+        number += 1
+        item = receive(memory.board, number, c)
 
 
 @gluon.jit
@@ -310,18 +303,16 @@ def load_apart(sources, item, tiles, t, head, memory, n, ARRIVALS: gl.constexpr,
 def produce_latent(sources, call, memory, ARRIVALS: gl.constexpr, c):
     """Key tiles in the order of the walk; slots and items are looked up ahead as in ``produce`` (tiled_producer.py)."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    if c.PDL:
+        gdc_wait()
     total = count_blocks(call, c)
     n = 0
     rest = 0
     number = 0
-    turn = 0
-    announce(memory.board, turn, total, call, c)
-    item, kv_start = announced(memory.board, turn, call, c)
+    item, kv_start = announce(memory.board, number, total, call, c)
     while item.extend_len != 0:
         tiles = tiles_of(item, call, c)
-        works = tiles.begin < tiles.end
-        if works:
-            load_queries(sources.q, item, memory, number, c)
+        load_queries(sources.q, item, memory, number, c)
         head = item.head_block // c.GROUP
         kv_indices = sources.kv_indices + kv_start
         slots = no_slots(c)
@@ -347,7 +338,6 @@ def produce_latent(sources, call, memory, ARRIVALS: gl.constexpr, c):
                 n += 1
                 rest += 1
             if t == search_at(tiles):
-                announce(memory.board, turn + 1, total, call, c)
-        number += works.to(gl.int32)
-        turn += 1
-        item, kv_start = announced(memory.board, turn, call, c)
+                announce(memory.board, number + 1, total, call, c)
+        number += 1
+        item, kv_start = announced(memory.board, number, c)

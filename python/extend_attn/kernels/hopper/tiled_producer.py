@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from ..compat import gdc_wait
 from .fp8_rows import load_codes, put_codes
 from .gluon_compat import struct, tma_load
 from .tiled_gather import gather, gather_slots, piece_of, rows_at, rows_of, slots_of
@@ -194,22 +195,20 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     # a thread's share of a row: 8 elements of 16 bits, or 8 codes in two words
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2 if c.FP8 else 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    if c.PDL:
+        gdc_wait()
     total = count_blocks(call, c)
     n = 0
     number = 0
-    turn = 0
-    announce(memory.board, turn, total, call, c)
-    item, kv_start = announced(memory.board, turn, call, c)
+    item, kv_start = announce(memory.board, number, total, call, c)
     while item.extend_len != 0:
         tiles = tiles_of(item, call, c)
-        works = tiles.begin < tiles.end
         head = item.head_block * c.HEADS // c.GROUP
         kv_indices = sources.kv_indices + kv_start
         if c.HAS_POOL:
             ahead = slots_of(kv_indices, item, tiles, tiles.begin, LANES, c)
         if c.QUERIES > 1:
-            if works:
-                load_query(sources.q, item, memory, number, c)
+            load_query(sources.q, item, memory, number, c)
         for t in range(tiles.begin, tiles.end + 1):
             keys_at = key_place(n, t, tiles, c)
             values_at = value_place(n - 1, t - 1, tiles, c)
@@ -223,8 +222,7 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
                     gather_keys(sources, head, memory.slots.index(n & 1), memory.k_ring, keys_at, LAYOUT, c)
             if t == tiles.begin:
                 if c.QUERIES == 1:
-                    if works:
-                        load_query(sources.q, item, memory, number, c)
+                    load_query(sources.q, item, memory, number, c)
             elif (not c.UNIFIED) and t <= tiles.new_tiles:
                 new_values(sources, item, tiles, t - 1, head, memory.v_ring, values_at, ARRIVALS, call, c)
             elif c.HAS_POOL:
@@ -233,9 +231,8 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
                     LAYOUT, call, c,
                 )  # fmt: skip
             if t == search_at(tiles):
-                announce(memory.board, turn + 1, total, call, c)
+                announce(memory.board, number + 1, total, call, c)
             n += 1
         n -= 1
-        number += works.to(gl.int32)
-        turn += 1
-        item, kv_start = announced(memory.board, turn, call, c)
+        number += 1
+        item, kv_start = announced(memory.board, number, c)

@@ -3,6 +3,7 @@
 Items are in order of falling cost over the whole batch. An item's *level* is the number of blocks of keys that it
 sees; the sequence's last block of rows has the highest. Program p of P takes items p, 2P - 1 - p, 2P + p, ...: rounds
 run to and fro, which evens out what the programs get. Lengths are read on the device, so a graph may change them.
+Where there are no more items than programs at most, each takes its own, or a part of its own, and nothing is searched.
 
 Where keys and values are more than the L2 holds, heads go in *sections*, one after the other, each with all its items
 in this order: what one level of a section has read the next ones find.
@@ -14,10 +15,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .tiled_work import Item
+from .tiled_work import Item, Part, equal_part, whole
 
 CHUNK = gl.constexpr(128)  # sequences looked at in one step
-FIELDS = gl.constexpr(8)  # words a message
+FIELDS = gl.constexpr(16)  # words a message, a power of two
 MESSAGES = gl.constexpr(2)
 
 
@@ -25,7 +26,13 @@ MESSAGES = gl.constexpr(2)
 def _items_a_block(call, c):
     """Items of a block of rows in one section of the heads."""
     SLICES: gl.constexpr = 1 if c.LATENT else c.V_SLICES
-    return c.HEAD_BLOCKS * SLICES * call.splits // call.sections
+    return c.HEAD_BLOCKS * SLICES // call.sections
+
+
+@gluon.jit
+def _searches(call, c):
+    """Whether a program can get a second item; any order will do otherwise."""
+    return call.batch_size * call.row_blocks * _items_a_block(call, c) * call.sections > gl.num_programs(0)
 
 
 @gluon.jit
@@ -87,8 +94,11 @@ def _highest(call, c):
 
 @gluon.jit
 def count_blocks(call, c):
-    """Blocks of rows in the whole batch."""
-    return _at_least(1, call, c)
+    """Blocks of rows in the whole batch, if any item is to be searched."""
+    total = gl.to_tensor(0)
+    if _searches(call, c):
+        total = _at_least(1, call, c)
+    return total
 
 
 @gluon.jit
@@ -136,24 +146,50 @@ def find_block(rank, total, call, c):
 
 
 @gluon.jit
-def find_item(index, total, call, c):
-    """(item ``index``, where its prefix slots start); ``total`` blocks of rows are in the batch."""
+def _block_at(place, call):
+    """(sequence, block) in that place among all, had every sequence as many."""
+    return place // call.row_blocks, place % call.row_blocks
+
+
+@gluon.jit
+def find_item(turn, total, call, c):
+    """(the ``turn``-th item of this program, its ``rest``, where its prefix slots start); ``total`` is
+    count_blocks'."""
     inner = _items_a_block(call, c)
-    size = gl.maximum(total * inner, 1)
-    section = index // size
-    rank = gl.where(section < call.sections, index % size // inner, total)
-    rest = section * inner + index % inner
+    part = whole()
+    sequence = gl.to_tensor(0)
+    block = gl.to_tensor(0)
+    rest = gl.to_tensor(0)
+    there = turn == 0
+    levels = 0  # whether a block is a level, which counts the prefix too
+    number = 0
+    if c.SPLIT:
+        number = gl.program_id(0) % call.splits
+        place = gl.program_id(0) // call.splits
+        rest = place % inner
+        sequence, block = _block_at(place // inner, call)
+    elif _searches(call, c):
+        index = item_index(turn, total, call, c)
+        size = gl.maximum(total * inner, 1)
+        section = index // size
+        rank = index % size // inner
+        rest = section * inner + index % inner
+        there = (section < call.sections) & (rank < total)
+        if there:
+            if call.batch_size == 1:
+                block = total - 1 - rank
+            else:
+                sequence, block = find_block(rank, total, call, c)
+                levels = 1
+    else:
+        inner = inner * call.sections
+        rest = gl.program_id(0) % inner
+        sequence, block = _block_at(gl.program_id(0) // inner, call)
     kv_start = gl.to_tensor(0).to(gl.int64)
     prefix_len = gl.to_tensor(0)
     q_start = gl.to_tensor(0)
     extend_len = gl.to_tensor(0)
-    sequence = gl.to_tensor(0)
-    block = gl.to_tensor(0)
-    if rank < total:
-        if call.batch_size == 1:
-            block = total - 1 - rank
-        else:
-            sequence, block = find_block(rank, total, call, c)
+    if there:
         q_start = gl.load(call.qo_indptr + sequence).to(gl.int32)
         extend_len = gl.load(call.qo_indptr + sequence + 1).to(gl.int32) - q_start
         if c.HAS_POOL:
@@ -162,22 +198,28 @@ def find_item(index, total, call, c):
                 prefix_len = gl.load(call.prefix_lens + sequence).to(gl.int32)
             else:
                 prefix_len = (gl.load(call.kv_indptr + sequence + 1).to(gl.int64) - kv_start).to(gl.int32)
-            if call.batch_size > 1:  # its level counts the prefix too
+            if levels > 0:
                 before = prefix_len
                 if c.WINDOW:
                     before = gl.minimum(before, call.window)
                 block -= before // c.TOKENS
-    return item_of(sequence, block, q_start, extend_len, prefix_len, rest, call, c), rest, kv_start
+        extend_len = gl.where(block * c.TOKENS < extend_len, extend_len, 0)
+    item = item_of(sequence, block, q_start, extend_len, prefix_len, rest, part, c)
+    if c.SPLIT:
+        part = equal_part(item, number, call, c)
+        extend_len = gl.where(number < part.parts, extend_len, 0)
+        item = item_of(sequence, block, q_start, extend_len, prefix_len, rest, part, c)
+    return item, rest, kv_start
 
 
 @gluon.jit
-def item_of(sequence, block, q_start, extend_len, prefix_len, rest, call, c):
-    """``rest`` counts head blocks, splits and value slices, the last fastest: neighbours read the same keys."""
+def item_of(sequence, block, q_start, extend_len, prefix_len, rest, part, c):
+    """``rest`` counts head blocks and value slices, the last fastest: neighbours read the same keys."""
     SLICES: gl.constexpr = 1 if c.LATENT else c.V_SLICES
-    v_slice = rest % SLICES
-    split = rest // SLICES % call.splits
-    head_block = rest // SLICES // call.splits
-    return Item(sequence, block, block * c.TOKENS, q_start, extend_len, prefix_len, head_block, v_slice, split)
+    first = block * c.TOKENS
+    return Item(
+        sequence, block, first, q_start, extend_len, prefix_len, rest // SLICES, rest % SLICES, part
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -193,7 +235,7 @@ def _get(board, at):
 
 
 @gluon.jit
-def publish(board, item, rest, kv_start, number):
+def publish(board, item, rest, kv_start, number, c):
     """Tells the consumers the producer's ``number``-th item."""
     board.wait_empty(number)
     at = number % MESSAGES * FIELDS
@@ -205,48 +247,58 @@ def publish(board, item, rest, kv_start, number):
     _put(board.slots, at + 5, rest)
     _put(board.slots, at + 6, kv_start.to(gl.int32))
     _put(board.slots, at + 7, (kv_start >> 32).to(gl.int32))
+    if c.SPLIT:
+        _put(board.slots, at + 8, item.part.begin)
+        _put(board.slots, at + 9, item.part.end)
+        _put(board.slots, at + 10, item.part.number)
+        _put(board.slots, at + 11, item.part.parts)
     mbarrier.arrive(board.filled(number), count=1)
 
 
 @gluon.jit
 def announce(board, turn, total, call, c):
-    """Finds the program's ``turn``-th item and tells the consumers."""
-    index = item_index(turn, total, call, c)
-    item, rest, kv_start = find_item(index, total, call, c)
-    publish(board, item, rest, kv_start, turn)
+    """Finds the program's ``turn``-th item and tells the consumers: (item, where its prefix slots start)."""
+    item, rest, kv_start = find_item(turn, total, call, c)
+    publish(board, item, rest, kv_start, turn, c)
+    return item, kv_start
 
 
 @gluon.jit
 def search_at(tiles):
-    """The step of an item's loop in which the producer finds the next one: the ring is full, or there is nothing to
-    load."""
-    return gl.where(tiles.begin < tiles.end, tiles.begin + 1, tiles.begin)
+    """The step of an item's loop in which the producer finds the next one: the ring is full."""
+    return tiles.begin + 1
 
 
 @gluon.jit
-def announced(board, turn, call, c):
-    """(item, where its prefix slots start) as the producer told; it reads its own words, and waits for nothing."""
+def announced(board, turn, c):
+    """(item ``turn``, where its prefix slots start) as the producer told; it reads its own words, and waits for
+    nothing."""
     at = turn % MESSAGES * FIELDS
     low = _get(board.slots, at + 6).to(gl.uint32, bitcast=True).to(gl.int64)
     high = _get(board.slots, at + 7).to(gl.int64)
-    return _read(board, at, call, c), (high << 32) + low
+    return _read(board, at, c), (high << 32) + low
 
 
 @gluon.jit
-def receive(board, turn, call, c):
+def receive(board, turn, c):
     """A consumer's ``turn``-th item."""
     board.wait_full(turn)
-    item = _read(board, turn % MESSAGES * FIELDS, call, c)
+    item = _read(board, turn % MESSAGES * FIELDS, c)
     board.release(turn)
     return item
 
 
 @gluon.jit
-def _read(board, at, call, c):
+def _read(board, at, c):
     sequence = _get(board.slots, at)
     block = _get(board.slots, at + 1)
     q_start = _get(board.slots, at + 2)
     extend_len = _get(board.slots, at + 3)
     prefix_len = _get(board.slots, at + 4)
     rest = _get(board.slots, at + 5)
-    return item_of(sequence, block, q_start, extend_len, prefix_len, rest, call, c)
+    part = whole()
+    if c.SPLIT:
+        part = Part(
+            _get(board.slots, at + 8), _get(board.slots, at + 9), _get(board.slots, at + 10), _get(board.slots, at + 11)
+        )
+    return item_of(sequence, block, q_start, extend_len, prefix_len, rest, part, c)

@@ -10,7 +10,7 @@ from .gluon_compat import struct
 from .ring import Ring
 
 ROWS: gl.constexpr = gl.constexpr(64)  # query rows of a consumer: one warpgroup product is that high
-MIN_SPLIT_TILES: gl.constexpr = gl.constexpr(4)  # key tiles from which a split is worth its partial result
+MIN_TILES: gl.constexpr = gl.constexpr(5)  # key tiles of a part: shorter ones cost more than they save
 
 
 @struct
@@ -21,11 +21,11 @@ class Shape:
     tokens of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value
     columns, or, if LATENT, where values are the first columns of keys, consumers (tiled_latent.py); APART: those of
     new tokens are not. QUERIES: query tiles a consumer, this item's and the next one's if there are two. ONE_RING:
-    keys and values share a ring. STAGED: the output leaves through the query's place. SPLIT: items that share a
-    block's keys. GATHERS: rows come by asynchronous copies, which consumers must fence off, or, with RUNS, by TMA.
-    FP8: 0, or what fp8_rows.py calls the pool's codes. BY_POSITION: the window goes by ``q_positions``. SLACK: see
-    weigh. PAIRED: see rounded. UNSEEN: a row may see no key of an item. S, O, P: the layouts of a consumer's
-    logits, accumulator, weights.
+    keys and values share a ring. STAGED: the output leaves through the query's place. SPLIT: an item's keys are cut
+    into parts. PDL: the kernel ahead may still run. GATHERS: rows come by asynchronous copies, which consumers must
+    fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py calls the pool's codes. BY_POSITION: the window
+    goes by ``q_positions``. SLACK: see weigh. PAIRED: see rounded. UNSEEN: a row may see no key of an item. S, O,
+    P: the layouts of a consumer's logits, accumulator, weights.
     """
 
     CONSUMERS: gl.constexpr
@@ -47,6 +47,7 @@ class Shape:
     LATENT: gl.constexpr
     APART: gl.constexpr
     SPLIT: gl.constexpr
+    PDL: gl.constexpr
     HAS_POOL: gl.constexpr
     GATHERS: gl.constexpr
     UNIFIED: gl.constexpr
@@ -76,13 +77,15 @@ class Shape:
 @struct
 class Call:
     """A call's arrays and numbers as in ``Inputs`` and recipe.scalars; ``row_blocks`` of TOKENS tokens a sequence at
-    most. The workspaces of splits are laid out as kernels/combine.py reads them."""
+    most; ``arrivals`` and ``patience`` as in merge.py."""
 
     o_desc: tma.tensor_descriptor
     o: gl.tensor
     lse: gl.tensor
     partial: gl.tensor
     partial_ml: gl.tensor
+    arrivals: gl.tensor
+    patience: gl.tensor
     qo_indptr: gl.tensor
     kv_indptr: gl.tensor
     prefix_lens: gl.tensor
@@ -129,10 +132,21 @@ class Memory:
 
 
 @struct
+class Part:
+    """Key tiles [begin, end) of an item, part ``number`` of ``parts``."""
+
+    begin: gl.tensor
+    end: gl.tensor
+    number: gl.tensor
+    parts: gl.tensor
+
+
+@struct
 class Item:
     """Tokens ``first``.. of a sequence (TOKENS of them, its block ``block``) for one block of heads.
 
-    ``q_start`` is where the sequence's rows start. An item of a sequence without tokens says that there are no more.
+    ``q_start`` is where the sequence's rows start; ``part``: which keys, where items are SPLIT. An item of a sequence
+    without tokens says that there are no more; all others have keys.
     """
 
     sequence: gl.tensor
@@ -143,7 +157,7 @@ class Item:
     prefix_len: gl.tensor
     head_block: gl.tensor
     v_slice: gl.tensor
-    split: gl.tensor
+    part: Part
 
 
 @struct
@@ -151,7 +165,7 @@ class Tiles:
     """The key tiles that some row of an item sees: new tokens [new_lo, new_hi), prefix [pool_lo, pool_hi).
 
     Both are walked downwards, new ones first: tile t is new tile ``new_hi`` - 1 - t for t < ``new_tiles``, then prefix
-    tile ``pool_hi`` - 1 - (t - ``new_tiles``). The item takes ``begin`` <= t < ``end``, a split's share. ``pool_first``
+    tile ``pool_hi`` - 1 - (t - ``new_tiles``). The item takes ``begin`` <= t < ``end``, all or its part. ``pool_first``
     is the first prefix key that some row sees.
     """
 
@@ -178,6 +192,12 @@ class Place:
 
 
 @gluon.jit
+def whole():
+    """An item's only part, where nothing is split."""
+    return Part(gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(1))
+
+
+@gluon.jit
 def offset_of(item, call, c):
     """The position of the sequence's first key."""
     offset = gl.to_tensor(0)
@@ -201,6 +221,28 @@ def positions(item, first, TOKENS: gl.constexpr, call, c):
 
 @gluon.jit
 def tiles_of(item, call, c):
+    """The Tiles of an item, or of its part."""
+    tiles = _all_tiles(item, call, c)
+    if c.SPLIT:
+        tiles = Tiles(
+            tiles.new_lo, tiles.new_hi, tiles.new_tiles, tiles.pool_lo, tiles.pool_hi, tiles.pool_first,
+            item.part.begin, item.part.end,
+        )  # fmt: skip
+    return tiles
+
+
+@gluon.jit
+def equal_part(item, number, call, c):
+    """Part ``number`` of the item in parts of one length, up to call.splits; ``number`` may be past the last."""
+    tiles = _all_tiles(item, call, c).end
+    parts = gl.maximum(gl.minimum(tiles // MIN_TILES, call.splits), 1)
+    size = gl.maximum(gl.cdiv(tiles, parts), 1)
+    begin = number * size
+    return Part(begin, gl.minimum(begin + size, tiles), number, gl.cdiv(tiles, size))
+
+
+@gluon.jit
+def _all_tiles(item, call, c):
     new_lo = gl.to_tensor(0)
     new_hi = gl.cdiv(item.extend_len, c.BLOCK_N)
     if c.CAUSAL:
@@ -215,13 +257,8 @@ def tiles_of(item, call, c):
     pool_hi = gl.cdiv(item.prefix_len, c.BLOCK_N)
     pool_lo = gl.where(pool_first < item.prefix_len, pool_first // c.BLOCK_N, pool_hi)
     new_tiles = new_hi - new_lo
-    begin = gl.to_tensor(0)
     end = new_tiles + pool_hi - pool_lo
-    if c.SPLIT:
-        share = gl.maximum(gl.cdiv(end, call.splits), MIN_SPLIT_TILES)
-        begin = gl.minimum(item.split * share, end)
-        end = gl.minimum(begin + share, end)
-    return Tiles(new_lo, new_hi, new_tiles, pool_lo, pool_hi, pool_first, begin, end)
+    return Tiles(new_lo, new_hi, new_tiles, pool_lo, pool_hi, pool_first, gl.to_tensor(0), end)
 
 
 RAGGED: gl.constexpr = gl.constexpr(1 << 30)  # rows of a ragged descriptor's last-but-two dimension
