@@ -46,6 +46,7 @@ FEATURES: Dict[str, dict] = {
     "fp8": dict(kv_dtype="float8_e4m3fn", xai_temperature_len=4096),
     "unified": dict(unified=True, index_dtype="int32"),
 }
+PROMPT = "prompt"  # no key but the new ones
 FEW = {"few": dict(batch_size=2)}  # so few blocks that hopper_tiled splits their keys
 NEW_TOKENS = {"packed": 4, "tiled": 512}  # what each family is for
 HOPPER = ("hopper_packed", "hopper_tiled")  # compiled for all of them, but for what hopper_tiled refuses: fp8 at 512
@@ -79,18 +80,19 @@ def jobs(everything: bool) -> Iterator[Job]:
                     yield from ((arch, dims, family, name) for name in chosen if not (wide and name == "fp8"))
                     if family == "hopper_tiled" and (everything or dims[0] == 256):
                         yield arch, dims, family, "few"
+                yield arch, dims, "hopper_tiled", PROMPT
 
 
 def problem_of(job: Job) -> Problem:
     arch, (dim, dim_v, heads, kv_heads, aliases), family, name = job
-    features = dict({**FEATURES, **FEW}[name])
+    features = dict({**FEATURES, **FEW}.get(name, {}))
     batch = features.pop("batch_size", 8)
     if features.get("kv_dtype") == "float8_e4m3fn" and arch < 89:
         features["kv_dtype"] = "float8_e5m2"  # the other type needs conversions that sm_89 brought
     new = NEW_TOKENS[family.replace("hopper_", "")]
     alias_new = aliases and not features.get("unified")
     return Problem(
-        "bfloat16", dim, dim_v, heads, kv_heads, batch, batch * new, new, batch * 4000,
+        "bfloat16", dim, dim_v, heads, kv_heads, batch, batch * new, new, 0 if name == PROMPT else batch * 4000,
         v_aliases_k_pool=aliases, v_aliases_k_new=alias_new, **features,
     )  # fmt: skip
 

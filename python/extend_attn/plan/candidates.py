@@ -9,18 +9,18 @@ from ..problem import Problem
 from .device import DeviceSpec
 from .heuristics import heuristic, plain_family
 from .legality import illegal, shared_memory_bytes
-from .legality_hopper_tiled import ROWS
+from .legality_hopper_tiled import CONSUMERS, ROWS, WARPS
 from .sglang_rule import sglang_plan
 from .tile import BLOCK_M_MIN, BLOCK_MAX, BLOCK_MIN, STAGES_MAX, Plan, Tile
 
 # Below this a K/V tile is too narrow to keep the tensor cores busy; rows are given up before keys are.
 NARROW_BLOCK_N = 32
 # What a family's tiles shrink to: a Hopper family's keys stay at what a warpgroup product takes, and hopper_tiled's
-# rows at those of its two consumers.
+# rows at those of two consumers.
 HOPPER_BLOCK_N = 64
 SMALLEST_PLAIN = Tile(BLOCK_MIN, BLOCK_MIN, num_stages=1)
 SMALLEST = {
-    "hopper_tiled": Tile(2 * ROWS, HOPPER_BLOCK_N, num_stages=1),
+    "hopper_tiled": Tile(2 * ROWS, HOPPER_BLOCK_N, 2 * WARPS, num_stages=1),
     "hopper_packed": Tile(BLOCK_MIN, HOPPER_BLOCK_N, num_stages=2),
 }
 
@@ -96,7 +96,8 @@ def shrinking(problem: Problem, plan: Plan, device: DeviceSpec) -> Iterator[Plan
         elif tile.block_n > narrow:
             tile = replace(tile, block_n=tile.block_n // 2)
         elif tile.block_m > smallest.block_m:
-            tile = replace(tile, block_m=tile.block_m // 2)
+            warps = smallest.num_warps if plan.family == "hopper_tiled" else tile.num_warps
+            tile = replace(tile, block_m=tile.block_m // 2, num_warps=warps)
         elif tile.block_n > smallest.block_n:
             tile = replace(tile, block_n=tile.block_n // 2)
         elif tile.num_stages > smallest.num_stages:
@@ -121,7 +122,7 @@ def neighbours(plan: Plan) -> Iterator[Plan]:
         {"block_n": wider, "num_stages": max(1, tile.num_stages - 1)},
         {"block_n": narrower, "num_stages": tile.num_stages + 1},
     ]
-    if plan.family != "hopper_tiled":  # whose rows and warps are those of its two consumers
+    if plan.family != "hopper_tiled":  # whose rows and warps are those of its consumers
         steps += [
             {"num_warps": 8 if tile.num_warps == 4 else 4},
             {"block_m": tile.block_m * 2, "num_warps": 8},
@@ -133,6 +134,10 @@ def neighbours(plan: Plan) -> Iterator[Plan]:
         keys = smallest.block_n <= sizes["block_n"] <= BLOCK_MAX
         if rows and keys and 1 <= sizes["num_stages"] <= STAGES_MAX:
             yield replace(plan, tile=Tile(**sizes))
+    if plan.family == "hopper_tiled":
+        for n in CONSUMERS:  # four take rows of one head and the narrow tile of keys
+            other = Tile(n * ROWS, HOPPER_BLOCK_N, n * WARPS, tile.num_stages)
+            yield replace(plan, tile=other, pack_gqa=plan.pack_gqa and n == 2)
     if not plan.packed:
         yield replace(plan, pack_gqa=not plan.pack_gqa)
         if not plan.hopper:

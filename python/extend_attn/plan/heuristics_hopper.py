@@ -18,6 +18,7 @@ from .legality_hopper import (
 )
 from .legality_hopper_tiled import (
     ROWS,
+    WARPS,
     latent,
     shares_ring,
     tiled_blocks,
@@ -95,6 +96,10 @@ MIN_SPLIT_TILES, TILED_SPLIT_MAX = 8, 16
 # on an H100), above head dim 256 (9 chunks of 163: 37 and 54), and beside a mask, whose bytes the producer reads for 64
 # tokens and not for 128 (4,2048 at head dim 256: 558 against 781 us).
 PAIR_MIN_LEN_EXTEND, PAIR_FROM, PAIR_TO = 2048, 128, 256
+# Four consumers over 64 keys a tile, where registers hold that: prompts of 8192 at head dim 64 take 530 us on an H200,
+# 571 with two; 16 chunks of 1024 206 and 228, 8 of 512 41 and 50. Under a window they walk what the others' rows see as
+# well: 259 and 197 for 1024 keys of 8192.
+FOUR_HEAD_DIM, FOUR_MIN_LEN_EXTEND = 64, 512
 
 
 def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan]:
@@ -240,12 +245,23 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     if problem.head_dim_qk > 256 and not latent(problem):
         tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
     pack = problem.group % 2 == 0 and not latent(problem) and _pairs(problem)
+    if _four_consumers(problem, device):
+        return Plan("hopper_tiled", Tile(4 * ROWS, 64, 4 * WARPS, 2), pdl=True, source="heuristic")
     split_kv = tiled_splits(problem, device, tile.block_n, pack)
     # beside fp8 codes on their way there is no room for two tiles of each
     if fp8 or (split_kv == 1 and not (wide or problem.custom_mask or _long(problem))):
         one = Plan("hopper_tiled", tile.merged({"num_stages": 1}))
         tile = one.tile if shares_ring(problem, one) else tile
     return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=True, source="heuristic")
+
+
+def _four_consumers(problem: Problem, device: DeviceSpec) -> bool:
+    """Whether narrow heads' new tokens, with no keys but their own, fill the GPU in blocks of four consumers."""
+    if max(problem.head_dim_qk, problem.head_dim_v) > FOUR_HEAD_DIM or problem.max_len_extend < FOUR_MIN_LEN_EXTEND:
+        return False
+    if problem.has_pool or problem.custom_mask or problem.sliding_window > 0:
+        return False
+    return tiled_items(problem, 1, 4 * ROWS) >= FULL_WAVE * device.sm_count
 
 
 def _few_keys(problem: Problem) -> bool:

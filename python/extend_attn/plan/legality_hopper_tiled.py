@@ -9,14 +9,15 @@ from .blocks import next_power_of_2
 from .device import DeviceSpec
 from .tile import Plan
 
-ROWS = 64  # of a consumer; a program has two
-WARPS = 8  # of both
+ROWS, WARPS = 64, 4  # of a consumer
+CONSUMERS = (2, 4)  # of a program
 MAX_ROWS = (1 << 30) - 1  # of a tensor that a ragged descriptor addresses
 # (largest head dim, (columns of a slot of keys, slots a key)) and the same of values
 KEY_BLOCKS = ((64, (64, 1)), (128, (128, 1)), (192, (64, 3)), (256, (256, 1)), (512, (128, 4)))
 VALUE_BLOCKS = ((64, (64, 1)), (128, (128, 1)), (256, (256, 1)), (512, (256, 2)))
 LATENT_VALUES, LATENT_REST = 512, 64  # columns of a latent key that are its value, and behind them
-HELD_MAX = 176  # registers that hold logits, weights and accumulator, of 232 to 240: with more the loops spill
+# By consumers: registers that hold logits, weights and accumulator, of 216 to 240 and of 112: with more loops spill.
+HELD_MAX = {2: 176, 4: 80}
 MASK_KEYS_MAX = 64  # keys of a tile: a mask's bytes take a register each from load to use
 FP8_HEAD_DIM_MAX = 256
 RING_SLOTS = 3  # of one ring for keys and values: two in use, one on its way
@@ -56,9 +57,9 @@ def tiled_blocks(problem: Problem) -> Tuple[int, int, int, int]:
     return (*keys, *values) if keys and values else (0, 0, 0, 0)
 
 
-def tiled_rows(problem: Problem) -> int:
+def tiled_rows(problem: Problem, consumers: int = 2) -> int:
     """Query rows of a program."""
-    return ROWS if latent(problem) else 2 * ROWS
+    return ROWS if latent(problem) else consumers * ROWS
 
 
 def tiled_items(problem: Problem, heads: int, tokens: int) -> int:
@@ -77,9 +78,16 @@ def tiled_parts(problem: Problem, plan: Plan, items: int, programs: int) -> int:
 def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
     """Why the family's ``plan`` cannot run ``problem``, or None if it can."""
     tile = plan.tile
-    rows = tiled_rows(problem)
-    if (tile.block_m, tile.num_warps) != (rows, WARPS):
-        return f"tile: {tile}; two consumers of 4 warps over {rows} rows are block_m {rows}, num_warps {WARPS}"
+    consumers = tile.num_warps // WARPS
+    rows = tiled_rows(problem, consumers)
+    if tile.num_warps % WARPS or consumers not in CONSUMERS:
+        return f"num_warps: {tile.num_warps}; two or four consumers of {WARPS} warps are 8 or 16"
+    if tile.block_m != rows:
+        return f"block_m: {tile.block_m}; the rows of {consumers} consumers are {rows}"
+    if consumers > 2:
+        reason = _takes_two(problem, plan)
+        if reason:
+            return f"num_warps: {tile.num_warps} are {consumers} consumers; {reason}"
     if tile.block_n not in (64, 128):
         return f"block_n: {tile.block_n}; allowed are 64 and 128"
     if plan.programs:
@@ -93,8 +101,9 @@ def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[
         widest = f"up to {LATENT_VALUES}, keys with all values at their front up to {LATENT_VALUES + LATENT_REST}"
         return f"head dims {problem.head_dim_qk}/{problem.head_dim_v}; keys and values have {widest} columns"
     held = tile.block_n * 3 // 4 + block_dv // 2  # fp32 logits, two tiles of 16-bit weights, fp32 accumulator
-    if held > HELD_MAX:
-        return f"registers: {held} a thread for logits, weights and accumulator; there are {HELD_MAX} to hold them"
+    if held > HELD_MAX[consumers]:
+        most = HELD_MAX[consumers]
+        return f"registers: {held} a thread for logits, weights and accumulator; there are {most} to hold them"
     if problem.custom_mask and tile.block_n > MASK_KEYS_MAX:
         return f"block_n: {tile.block_n}; beside a mask's bytes registers hold the logits of {MASK_KEYS_MAX} keys"
     reason = _not_served(problem)
@@ -103,6 +112,21 @@ def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[
     needed = tiled_shared_memory(problem, plan)
     if needed > device.shared_memory:
         return f"shared memory: about {needed} bytes; a block on {device.arch} has {device.shared_memory}"
+    return None
+
+
+def _takes_two(problem: Problem, plan: Plan) -> Optional[str]:
+    """Why no more than two consumers can run ``plan``, or None if more can."""
+    if latent(problem):
+        return "two share a tile's scores where values are the front of latent keys"
+    if plan.pack_gqa:
+        return "pack_gqa gives two one head each"
+    if plan.split_kv > 1:
+        return f"split_kv: {plan.split_kv}; blocks that leave programs to parts have two"
+    if problem.has_pool or problem.custom_mask:
+        return "a producer that gathers rows or reads a mask needs registers that only two leave it"
+    if plan.tile.num_stages < 2:
+        return "num_stages: 1; the first consumer skips up to three tiles of keys before it frees one of values"
     return None
 
 
@@ -159,7 +183,7 @@ def _bytes(problem: Problem, plan: Plan, queries: int) -> int:
         elements += ROWS * plan.tile.block_n  # weights that consumers exchange
         return elements * ELEMENT_SIZE[problem.dtype] + 4 * 4 * ROWS + BARRIERS
     if shares_ring(problem, plan):
-        elements = queries * 2 * ROWS * keys + RING_SLOTS * plan.tile.block_n * keys
+        elements = queries * plan.tile.block_m * keys + RING_SLOTS * plan.tile.block_n * keys
     else:
-        elements = queries * 2 * ROWS * keys + plan.tile.num_stages * plan.tile.block_n * (keys + block_dv)
+        elements = queries * plan.tile.block_m * keys + plan.tile.num_stages * plan.tile.block_n * (keys + block_dv)
     return elements * ELEMENT_SIZE[problem.dtype] + BARRIERS + scratch

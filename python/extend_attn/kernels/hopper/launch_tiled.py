@@ -14,6 +14,7 @@ from ...plan.legality_hopper_tiled import (
     LATENT_REST,
     RING_SLOTS,
     ROWS,
+    WARPS,
     code_columns,
     latent,
     shares_ring,
@@ -31,11 +32,11 @@ from ..workspace import Workspace
 from .launch_packed import FP8_CODES, PATIENCE, codes_of, mask_bytes, multiprocessors
 from .tiled import tiled_kernel
 
-# Registers a thread of (consumers, producer): what setmaxnreg divides the 168 of a launch with 12 warps into. TMA and a
+# By consumers: registers a thread of the launch, and what setmaxnreg makes of them for (consumers, producer). TMA and a
 # gather take 40, with 24 TMA spills between loads; a gather takes 56 where keys are split (one_chunk 93 us with 40, 76
 # with 56). A conversion of fp8 codes holds a tile of them, a mask its bytes.
-PRODUCER_REGISTERS, SPLIT_GATHER_REGISTERS, FP8_REGISTERS = (232, 40), (224, 56), (216, 80)
-MAX_REGISTERS = 168
+REGISTERS = {2: (168, (232, 40)), 4: (96, (112, 32))}
+SPLIT_GATHER_REGISTERS, FP8_REGISTERS = (224, 56), (216, 80)
 PRODUCER_WARPS = 4  # that gather
 PANEL = 64  # columns of a TMA box of the pool: see tiled_producer.py
 RAGGED_ROWS = 1 << 30  # see tiled_producer.py
@@ -45,7 +46,8 @@ RAGGED_END = 0x7FFF0000  # more than any row
 def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     """What ``plan`` launches for calls like this one."""
     heads = 2 if plan.pack_gqa else 1
-    one_tile = heads == 2 or latent(problem)  # of 64 tokens a program
+    consumers = plan.tile.num_warps // WARPS
+    blocks = 1 if heads == 2 or latent(problem) else consumers  # of 64 tokens a program
     columns, chunks, block_dv, slices = tiled_blocks(problem)
     one_ring = shares_ring(problem, plan)
     queries = tiled_queries(problem, plan)
@@ -53,7 +55,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     staged = (queries > 1 or slices > 1) and plan.split_kv == 1
     staged = staged and inputs.o.dtype == inputs.q.dtype
     stages = RING_SLOTS if one_ring else plan.tile.num_stages
-    tokens = ROWS if one_tile else 2 * ROWS
+    tokens = blocks * ROWS
     row_blocks = -(-problem.max_len_extend // tokens)
     items = tiled_items(problem, heads, tokens)
     programs = multiprocessors(inputs.q.device)
@@ -63,12 +65,13 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     on["CAUSAL"] = on["CAUSAL"] and not on["MASK"]
     gather = on["HAS_POOL"] or on["MASK"]
     fp8 = FP8_CODES.get(problem.kv_dtype, 0) if on["HAS_POOL"] else 0
-    registers = PRODUCER_REGISTERS
+    most, registers = REGISTERS[consumers]
     if fp8 or on["MASK"]:
         registers = FP8_REGISTERS
     elif gather and split and plan.tile.block_n <= 64 and not latent(problem):
         registers = SPLIT_GATHER_REGISTERS
     constants: Dict[str, Any] = dict(
+        CONSUMERS=consumers,
         NUM_HEADS=problem.num_q_heads,
         GROUP=problem.group,
         HEADS=heads,
@@ -108,7 +111,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         numbers,
         constants,
         num_warps=4,
-        maxnreg=MAX_REGISTERS,
+        maxnreg=most,
         **launch_options(plan.pdl),
     )
     keys, box, values = plan.tile.block_n, columns, block_dv
@@ -121,7 +124,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     tensors = functools.partial(_tensors, boxes, runs)
     if not split:
         return Recipe((tiled,), tensors)
-    tiles = row_blocks * (1 if one_tile else 2) * problem.batch_size * problem.num_q_heads * slices
+    tiles = row_blocks * blocks * problem.batch_size * problem.num_q_heads * slices
     rows = tiles * parts * ROWS
     results = Workspace("partial", rows * block_dv), Workspace("partial_ml", rows * 2)
     return Recipe((tiled,), tensors, (*results, Workspace("arrivals", tiles, torch.int32, zeroed=True)))

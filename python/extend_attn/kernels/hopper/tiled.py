@@ -1,10 +1,10 @@
 """The tiled family for Hopper (prefill, chunks): warp-specialised attention over blocks of new tokens.
 
-A program is two consumer warpgroups of 64 query rows each and a producer. Programs are persistent; tiled_schedule.py
-says who takes which work item. A consumer walks the key tiles of its rows from the diagonal downwards, then the prefix
-downwards, and overlaps the scores of one tile with the products of the tile before: it issues S = Q K(j), then
-O += P(j-1) V(j-1), and does the softmax of j while the latter runs. Only tiles at an edge (the diagonal, a sequence's
-or the prefix's end, the window's start) are masked, without a window in loops of their own.
+A program is two or four consumer warpgroups of 64 query rows each and a producer. Programs are persistent;
+tiled_schedule.py says who takes which work item. A consumer walks the key tiles of its rows from the diagonal
+downwards, then the prefix downwards, and overlaps the scores of one tile with the products of the tile before: it
+issues S = Q K(j), then O += P(j-1) V(j-1), and does the softmax of j while the latter runs. Only tiles at an edge (the
+diagonal, a sequence's or the prefix's end, the window's start) are masked, without a window in loops of their own.
 """
 
 # Gluon reads annotations of compile-time parameters: no `from __future__ import annotations`.
@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..compat import gdc_launch_dependents, gdc_wait
+from .gluon_compat import constexpr_function
 from .ring import Ring, barriers
 from .tiled_epilogue import finish_part, store
 from .tiled_fp8 import CODE_TILES, produce_fp8
@@ -36,7 +37,7 @@ from .tiled_products import (
     start_scores,
 )
 from .tiled_schedule import FIELDS, MESSAGES, receive
-from .tiled_softmax import SLACK, logits, no_sums, row_sums, scales, temperature_of, weigh
+from .tiled_softmax import PAIRED_MAX, SLACK, logits, no_sums, rounded, row_sums, scales, temperature_of, weigh
 from .tiled_work import ROWS, Call, Memory, Shape, key_place, place_of, tiles_of, value_place
 
 
@@ -49,14 +50,14 @@ def begin(seat, memory, call, item, tiles, place, temperature, c):
     s = warpgroup_mma_wait(0, [start_scores(seat, memory, keys, c)])
     release_keys(memory, keys, c)
     scale, v_scale = scales(t, tiles, call, KEYS, c)
-    s = logits(s, scale, temperature, call, True, c)
+    s = logits(s, scale, temperature, call, False, c)
     s = gl.where(seen(t, tiles, place, item, call, KEYS, c), s, float("-inf"))
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
     w, alpha, m, l = weigh(s, m, no_sums(c), scale, True, c)
     if c.V_SCALED and (c.UNIFIED or KEYS == BOTH):
         w = w * v_scale
-    p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
     end_softmax(seat, memory, c)
+    p = rounded(w, memory.v_ring.slots.dtype, c)
     return State(gl.zeros([ROWS, c.BLOCK_DV], gl.float32, c.O), m, l, p, gl.full_like(m, 1.0))
 
 
@@ -81,7 +82,7 @@ def walk(
             visible = seen(t, tiles, place, item, call, KEYS, c)
         s = warpgroup_mma_wait(1, [s_acc])
         release_keys(memory, keys, c)
-        s = logits(s, scale, temperature, call, EDGES != NONE, c)
+        s = logits(s, scale, temperature, call, False, c)
         if EDGES == END:
             s = gl.where(before_end(item, c), s, float("-inf"))
         elif EDGES == ALL:
@@ -91,9 +92,9 @@ def walk(
         w, alpha, m, l = weigh(s, state.m, state.l, scale, EDGES != NONE, c)
         if c.V_SCALED and (c.UNIFIED or KEYS != NEW):
             w = w * v_scale
-        p = gl.convert_layout(w.to(memory.q_slots.dtype), c.P)
         end_softmax(seat, memory, c)
         o, used = warpgroup_mma_wait(0, [o_acc, state.p])
+        p = rounded(w, memory.v_ring.slots.dtype, c)  # into the registers of those before
         memory.v_ring.release(values)
         state = State(o, m, l, p, alpha)
     return state
@@ -102,25 +103,25 @@ def walk(
 @gluon.jit
 def attend(WHO: gl.constexpr, memory, call, item, tiles, row0, n, number, c):
     """(accumulator, maxima, sums) of a consumer's rows over the item's key tiles."""
-    CAN_SKIP: gl.constexpr = WHO == 0 and c.CAUSAL and c.TOKENS > c.BLOCK_N
+    CAN_SKIP: gl.constexpr = WHO < c.CONSUMERS - 1 and c.CAUSAL and c.TOKENS > c.BLOCK_N
     place = place_of(item, tiles, row0, call, c)
     temperature = temperature_of(call, item, row0, c)
-    query = number % c.QUERIES * 2 + WHO
+    query = number % c.QUERIES * c.CONSUMERS + WHO
     seat = Seat(query, number // c.QUERIES & 1, n)
     mbarrier.wait(memory.q_full.index(query), seat.phase)
-    if CAN_SKIP:  # the other consumer's diagonal tile
-        if tiles.begin < place.begin:
-            skip_keys(memory, key_place(n + tiles.begin, tiles.begin, tiles, c), c)
+    if CAN_SKIP:  # the diagonal tiles of consumers with later tokens
+        for t in range(tiles.begin, place.begin):
+            skip_keys(memory, key_place(n + t, t, tiles, c), c)
     state = begin(seat, memory, call, item, tiles, place, temperature, c)
     if CAN_SKIP:
-        if tiles.begin < place.begin:
-            values = value_place(n + tiles.begin, tiles.begin, tiles, c)
+        for t in range(tiles.begin, place.begin):
+            values = value_place(n + t, t, tiles, c)
             memory.v_ring.wait_full(values)
             memory.v_ring.release(values)
     if c.STAGED and c.QUERIES > 1:
         if number > 0:  # the output before has left the query's place
             tma.store_wait(0)
-            mbarrier.arrive(memory.q_empty.index((number - 1) % c.QUERIES * 2 + WHO), count=1)
+            mbarrier.arrive(memory.q_empty.index((number - 1) % c.QUERIES * c.CONSUMERS + WHO), count=1)
     first = place.begin + 1
     NEW_EDGES: gl.constexpr = ALL if c.MASK else NONE
     if c.WINDOW or c.MASK_PREFIX:
@@ -172,7 +173,7 @@ def consume(WHO: gl.constexpr, call, memory, c):
         if c.SPLIT:
             finish_part(call, item, row0, head, o, m, l, c)
         else:
-            query = number % c.QUERIES * 2 + WHO
+            query = number % c.QUERIES * c.CONSUMERS + WHO
             store(query, memory, call, item, row0, head, o, m, l, c)
             if c.STAGED and c.QUERIES == 1:
                 tma.store_wait(0)
@@ -182,6 +183,12 @@ def consume(WHO: gl.constexpr, call, memory, c):
         item = receive(memory.board, number, c)
     if c.STAGED:
         tma.store_wait(0)
+
+
+@constexpr_function
+def partitions(consumers, of_a_consumer, of_the_producer):
+    """What warp specialisation asks for of all partitions but the first."""
+    return [of_a_consumer] * (consumers - 1) + [of_the_producer]
 
 
 UNSPECIALIZED = [
@@ -201,15 +208,16 @@ def tiled_kernel(
     prefix_lens, custom_mask, mask_indptr, sinks, window_offsets, q_positions, partial, partial_ml, arrivals, stride_ks,
     stride_kg, stride_vs, stride_vg, stride_vt, stride_vh, stride_ot, stride_oh, patience, batch_size, row_blocks,
     splits, sections, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len, log2_temperature_len,
-    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
-    BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr, K_CHUNKS: gl.constexpr, BLOCK_DV: gl.constexpr,
-    V_SLICES: gl.constexpr, QUERIES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    ONE_RING: gl.constexpr, STAGED: gl.constexpr, LATENT: gl.constexpr, APART: gl.constexpr, SPLIT: gl.constexpr,
-    PDL: gl.constexpr, HAS_POOL: gl.constexpr, UNIFIED: gl.constexpr, FP8: gl.constexpr,
-    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr, MASK_PREFIX: gl.constexpr, SINKS: gl.constexpr,
-    CAP: gl.constexpr, TEMPERATURE: gl.constexpr, Q_POSITIONS: gl.constexpr, LSE: gl.constexpr, V_SCALED: gl.constexpr,
-    NEGATE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    PRODUCER_WARPS: gl.constexpr, CODE_COLUMNS: gl.constexpr,
+    CONSUMERS: gl.constexpr, NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr,
+    K_CHUNKS: gl.constexpr, BLOCK_DV: gl.constexpr, V_SLICES: gl.constexpr, QUERIES: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, ONE_RING: gl.constexpr, STAGED: gl.constexpr,
+    LATENT: gl.constexpr, APART: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr, HAS_POOL: gl.constexpr,
+    UNIFIED: gl.constexpr, FP8: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr,
+    MASK_PREFIX: gl.constexpr, SINKS: gl.constexpr, CAP: gl.constexpr, TEMPERATURE: gl.constexpr,
+    Q_POSITIONS: gl.constexpr, LSE: gl.constexpr, V_SCALED: gl.constexpr, NEGATE: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr,
+    CODE_COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are ragged (launch_tiled.py); tensors as in ``Inputs``; numbers in the order of recipe.scalars."""
     if PDL:
@@ -224,11 +232,11 @@ def tiled_kernel(
     KEYS: gl.constexpr = BLOCK_N // SHARE
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     c = Shape(
-        NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 or LATENT else 2 * ROWS, HEAD_DIM, HEAD_DIM_V,
-        BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, QUERIES, ONE_RING, STAGED, LATENT,
+        CONSUMERS, NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 or LATENT else CONSUMERS * ROWS,
+        HEAD_DIM, HEAD_DIM_V, BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, QUERIES, ONE_RING, STAGED, LATENT,
         APART, SPLIT, PDL, HAS_POOL, (HAS_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW, MASK,
         MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK, OFFSETS, LSE,
-        V_SCALED, NEGATE, 0.0 if V_SCALED and q_desc.dtype == gl.float16 else SLACK,
+        V_SCALED, NEGATE, 0.0 if V_SCALED and q_desc.dtype == gl.float16 else SLACK, BLOCK_DV <= PAIRED_MAX,
         gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]), O, gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip
     call = Call(
@@ -252,7 +260,8 @@ def tiled_kernel(
     K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, K_COLUMNS], dtype)
     V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_DV], dtype)
     WORDS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_slots = gl.allocate_shared_memory(dtype, [K_CHUNKS * (1 if LATENT else 2 * QUERIES), ROWS, K_COLUMNS], Q_LAYOUT)
+    Q_SLOTS: gl.constexpr = K_CHUNKS * (1 if LATENT else CONSUMERS * QUERIES)
+    q_slots = gl.allocate_shared_memory(dtype, [Q_SLOTS, ROWS, K_COLUMNS], Q_LAYOUT)
     q_rest = q_slots
     V_COLUMNS: gl.constexpr = BOX if LATENT else BLOCK_DV
     weights = q_slots
@@ -268,7 +277,7 @@ def tiled_kernel(
         told = barriers(6, 1)
     k_ring = Ring(
         gl.allocate_shared_memory(dtype, [K_STAGES * SHARE, KEYS, K_COLUMNS], K_LAYOUT),
-        barriers(K_STAGES * SHARE, ARRIVALS), barriers(K_STAGES * SHARE, 2), K_STAGES * SHARE,
+        barriers(K_STAGES * SHARE, ARRIVALS), barriers(K_STAGES * SHARE, CONSUMERS), K_STAGES * SHARE,
     )  # fmt: skip
     pool_slots = q_slots
     if HAS_POOL and not (LATENT or FP8):
@@ -277,20 +286,21 @@ def tiled_kernel(
     if not ONE_RING:
         v_ring = Ring(
             gl.allocate_shared_memory(dtype, [V_STAGES * SHARE, KEYS, V_COLUMNS], V_LAYOUT),
-            barriers(V_STAGES * SHARE, ARRIVALS), barriers(V_STAGES * SHARE, 1 if LATENT else 2), V_STAGES * SHARE,
+            barriers(V_STAGES * SHARE, ARRIVALS), barriers(V_STAGES * SHARE, 1 if LATENT else CONSUMERS),
+            V_STAGES * SHARE,
         )  # fmt: skip
     memory = Memory(
         q_slots,
         q_rest,
-        barriers(2 * QUERIES, 1),
-        barriers(2 * QUERIES, 1),
+        barriers(CONSUMERS * QUERIES, 1),
+        barriers(CONSUMERS * QUERIES, 1),
         k_ring,
         v_ring,
         pool_slots,
         weights, maxima, sums, told,
         Ring(
             gl.allocate_shared_memory(gl.int32, [MESSAGES * FIELDS, 1], WORDS),
-            barriers(MESSAGES, 1), barriers(MESSAGES, 2), MESSAGES,
+            barriers(MESSAGES, 1), barriers(MESSAGES, CONSUMERS), MESSAGES,
         ),
     )  # fmt: skip
     fence_async_shared()
@@ -312,7 +322,15 @@ def tiled_kernel(
                 (consume_latent if LATENT else consume, (0, call, memory, c)),
                 (consume_latent if LATENT else consume, (1, call, memory, c)),
                 (produce_latent if LATENT else produce, (sources, call, memory, ARRIVALS, c)),
+            ]
+            if CONSUMERS == 2
+            else [
+                (consume, (0, call, memory, c)),
+                (consume, (1, call, memory, c)),
+                (consume, (2, call, memory, c)),
+                (consume, (3, call, memory, c)),
+                (produce, (sources, call, memory, ARRIVALS, c)),
             ],
-            [4, PRODUCER_WARPS],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+            partitions(CONSUMERS, 4, PRODUCER_WARPS),
+            partitions(CONSUMERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS),
         )

@@ -38,7 +38,7 @@ def store(query, memory, call, item, row0, head, o, m, l, c):
         # output tiles in a query tile's place; that of LATENT's one query has the two consumers'
         TILES: gl.constexpr = 1 if c.LATENT else c.K_CHUNKS * c.K_COLUMNS // c.BLOCK_DV
         slots = memory.q_slots
-        NUMBER: gl.constexpr = 2 * c.QUERIES * TILES
+        NUMBER: gl.constexpr = c.CONSUMERS * c.QUERIES * TILES
         places = reinterpret(slots, slots.dtype, [NUMBER, ROWS, c.BLOCK_DV], memory.v_ring.slots.layout)
         place = places.index(query * TILES)
         place.store(o.to(slots.dtype))

@@ -55,8 +55,8 @@ def load_box(desc, item, row, head, column, barrier, destination, bytes: gl.cons
 @gluon.jit
 def load_query(desc, item, memory, number, c):
     BYTES: gl.constexpr = ROWS * c.K_COLUMNS * c.K_CHUNKS * 2
-    for who in gl.static_range(2):
-        query = number % c.QUERIES * 2 + who
+    for who in gl.static_range(c.CONSUMERS):
+        query = number % c.QUERIES * c.CONSUMERS + who
         mbarrier.wait(memory.q_empty.index(query), (number // c.QUERIES & 1) ^ 1)
         mbarrier.expect(memory.q_full.index(query), BYTES)
         row = item.first

@@ -12,14 +12,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_compat import struct
-from .tiled_softmax import rescale
+from .tiled_softmax import operand, rescale
 from .tiled_work import ROWS
 
 
 @struct
 class State:
-    """A consumer's running softmax: accumulator, maxima and lanes' sums, the weights whose values are still to come,
-    and what the accumulator is still to be multiplied by."""
+    """A consumer's running softmax: accumulator, maxima and lanes' sums, the weights whose values are still to come
+    (``rounded``), and what the accumulator is still to be multiplied by."""
 
     o: gl.tensor
     m: gl.tensor
@@ -60,7 +60,13 @@ def start_scores(seat, memory, n, c):
             fence_async_shared()
         query = seat.query * c.K_CHUNKS + chunk
         q = memory.q_slots.index(fresh(query) if c.K_CHUNKS > 1 else query)
-        acc = warpgroup_mma(q, memory.k_ring.slot(at).permute((1, 0)), acc, use_acc=chunk > 0, is_async=True)
+        keys = memory.k_ring.slot(at)
+        if c.K_COLUMNS == 128 and c.HEAD_DIM <= 96:  # the padding is not multiplied
+            front, back = keys.slice(0, 64, 1).permute((1, 0)), keys.slice(64, 32, 1).permute((1, 0))
+            acc = warpgroup_mma(q.slice(0, 64, 1), front, acc, use_acc=False, is_async=True)
+            acc = warpgroup_mma(q.slice(64, 32, 1), back, acc, is_async=True)
+        else:
+            acc = warpgroup_mma(q, keys.permute((1, 0)), acc, use_acc=chunk > 0, is_async=True)
         if ONE_TILE and chunk > 0:
             acc = warpgroup_mma_wait(1, [acc])
             memory.k_ring.release(at - 1)
@@ -97,8 +103,9 @@ def start_products(memory, state, n, c):
     memory.v_ring.wait_full(n)
     if c.GATHERS:
         fence_async_shared()
+    p = operand(state.p, memory.v_ring.slots.dtype, c)
     v = memory.v_ring.slots.index(fresh(0)) if memory.v_ring.stages == 1 else memory.v_ring.slot(n)
-    return warpgroup_mma(state.p, v, state.o, is_async=True)
+    return warpgroup_mma(p, v, state.o, is_async=True)
 
 
 @gluon.jit

@@ -10,6 +10,10 @@ from .gluon_compat import constexpr_function
 from .tiled_masks import NEW, POOL
 from .tiled_work import ROWS, offset_of
 
+SCALE_MIN = gl.constexpr(1e-36)  # stands for a scale of 0, which would make NaN of a hidden key's -inf
+# Columns of values up to which weights are paired: d64_prefill takes 571 us, not 613, on an H200; prefill_long 353, not
+# 348.
+PAIRED_MAX = gl.constexpr(128)
 SLACK = gl.constexpr(8.0)  # what weigh lets a maximum grow by: 2 ** 8 is far from fp16's end
 
 
@@ -17,12 +21,13 @@ SLACK = gl.constexpr(8.0)  # what weigh lets a maximum grow by: 2 ** 8 is far fr
 def scales(t, tiles, call, KEYS: gl.constexpr, c):
     """(factor of tile t's dot products, factor of its values)."""
     if c.UNIFIED or KEYS == POOL:
-        return call.pool_scale, call.v_scale
+        return gl.maximum(call.pool_scale, SCALE_MIN), call.v_scale
     elif KEYS == NEW:
-        return call.new_scale, gl.to_tensor(1.0)
+        return gl.maximum(call.new_scale, SCALE_MIN), gl.to_tensor(1.0)
     else:
         new = t < tiles.new_tiles
-        return gl.where(new, call.new_scale, call.pool_scale), gl.where(new, 1.0, call.v_scale)
+        scale = gl.where(new, call.new_scale, call.pool_scale)
+        return gl.maximum(scale, SCALE_MIN), gl.where(new, 1.0, call.v_scale)
 
 
 @gluon.jit
@@ -89,6 +94,37 @@ def rescale(o, alpha, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def rounded(w, dtype: gl.constexpr, c):
+    """Weights [rows, keys] for the products: as operand, or, if PAIRED, as words [rows, keys / 2] of two keys each.
+    Words stay where the loop over tiles has them; of 16-bit values ptxas swaps all pairs once a tile, but for the
+    first partition's."""
+    if c.PAIRED:
+        even, odd = gl.split(w.reshape([w.shape[0], w.shape[1] // 2, 2]))
+        KIND: gl.constexpr = "f16x2" if dtype == gl.float16 else "bf16x2"
+        ROUND: gl.constexpr = "cvt.rn." + KIND + ".f32 $0, $2, $1;"
+        return gl.inline_asm_elementwise(ROUND, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
+    else:
+        return gl.convert_layout(w.to(dtype), c.P)
+
+
+@gluon.jit
+def operand(p, dtype: gl.constexpr, c):
+    """What ``rounded`` gave as the products' operand; costs nothing."""
+    if c.PAIRED:
+        HALVES: gl.constexpr = "mov.b32 {$0, $1}, $2;"
+        if dtype == gl.float16:
+            even, odd = gl.inline_asm_elementwise(
+                HALVES, "=h,=h,r", [p], dtype=(gl.float16, gl.float16), is_pure=True, pack=1
+            )
+        else:
+            even, odd = gl.inline_asm_elementwise(
+                HALVES, "=h,=h,r", [p], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1
+            )
+        p = gl.convert_layout(gl.join(even, odd).reshape([p.shape[0], p.shape[1] * 2]), c.P, assert_trivial=True)
+    return p
+
+
+@gluon.jit
 def lane_sums(p):
     """Sums [rows, 4] of what each lane holds of a row of ``p``; ``row_sums`` adds them up once a walk is over. Sums
     over lanes a tile cost 2 to 4 %."""
@@ -107,22 +143,23 @@ def row_sums(l, c):
 
 
 @gluon.jit
-def weigh(s, m, l, scale, SCALED: gl.constexpr, c):
+def weigh(s, m, l, scale, MASKED: gl.constexpr, c):
     """One step of the online softmax: (weights, factor of what came before, maximum, lanes' sums).
 
-    Logits that are not SCALED yet take one fused multiply-add. Every row has seen a key, its own token's in a walk's
-    first tile, or all of a whole tile's, unless UNSEEN. A maximum stands until it would grow by more than SLACK: the
-    result is the same, weights are at most 2 ** SLACK, and accumulators are rarely rescaled (prefill_long: 8 %).
+    Logits that are not scaled yet take one fused multiply-add. Every row has seen a key, its own token's in a
+    walk's first tile, or all of one that is not MASKED, unless UNSEEN. A maximum stands until it would grow by more
+    than SLACK: the result is the same, weights are at most 2 ** SLACK, and accumulators are rarely rescaled
+    (prefill_long: 8 %).
     """
-    if SCALED or c.CAP or c.TEMPERATURE:
+    if c.CAP or c.TEMPERATURE:
         m_new = gl.maximum(m, gl.max(s, 1))
     else:
         m_new = gl.maximum(m, gl.max(s, 1) * scale)
     m_new = gl.where(m_new > m + c.SLACK, m_new, m)
     finite = m_new
-    if SCALED and c.UNSEEN:
+    if MASKED and c.UNSEEN:
         finite = gl.where(m_new == float("-inf"), 0.0, m_new)
-    if SCALED or c.CAP or c.TEMPERATURE:
+    if c.CAP or c.TEMPERATURE:
         p = gl.exp2(s - finite[:, None])
     else:
         p = gl.exp2(s * scale - finite[:, None])

@@ -17,17 +17,18 @@ MIN_TILES: gl.constexpr = gl.constexpr(5)  # key tiles of a part: shorter ones c
 class Shape:
     """Compile-time facts. A key tile is BLOCK_N keys in K_CHUNKS slots of K_COLUMNS columns, and one slot of values.
 
-    HEADS 2: the two consumers take two query heads of one KV head over the same 64 tokens; 1: two blocks of 64 tokens
-    of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value columns, or, if
-    LATENT, where values are the first columns of keys, consumers (tiled_latent.py); APART: those of new tokens are not.
-    QUERIES: query tiles a consumer, this item's and the next one's if there are two. ONE_RING: keys and values share a
-    ring. STAGED: the output leaves through the query's place. SPLIT: an item's keys are cut into parts. PDL: the
-    kernel ahead may still run. GATHERS: rows come by asynchronous copies,
-    which consumers must fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py calls the pool's codes.
-    BY_POSITION: the window goes by ``q_positions``. SLACK: see weigh. UNSEEN: a row may see no key of an item. S, O, P:
-    the layouts of a consumer's logits, accumulator, weights.
+    HEADS 2: two CONSUMERS take two query heads of one KV head over the same 64 tokens; 1: each takes a block of 64
+    tokens of one head; either way an item has TOKENS tokens. V_SLICES: work items that share a head's value
+    columns, or, if LATENT, where values are the first columns of keys, consumers (tiled_latent.py); APART: those of
+    new tokens are not. QUERIES: query tiles a consumer, this item's and the next one's if there are two. ONE_RING:
+    keys and values share a ring. STAGED: the output leaves through the query's place. SPLIT: an item's keys are cut
+    into parts. PDL: the kernel ahead may still run. GATHERS: rows come by asynchronous copies, which consumers must
+    fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py calls the pool's codes. BY_POSITION: the window
+    goes by ``q_positions``. SLACK: see weigh. PAIRED: see rounded. UNSEEN: a row may see no key of an item. S, O,
+    P: the layouts of a consumer's logits, accumulator, weights.
     """
 
+    CONSUMERS: gl.constexpr
     NUM_HEADS: gl.constexpr
     GROUP: gl.constexpr
     HEADS: gl.constexpr
@@ -67,6 +68,7 @@ class Shape:
     V_SCALED: gl.constexpr
     NEGATE: gl.constexpr
     SLACK: gl.constexpr
+    PAIRED: gl.constexpr
     S: gl.constexpr
     O: gl.constexpr
     P: gl.constexpr
@@ -109,11 +111,11 @@ class Call:
 
 @struct
 class Memory:
-    """Shared memory: query tiles [2 * K_CHUNKS, 64, K_COLUMNS] with barriers both ways, a ring of key tiles and one of
-    value tiles, the pool ``slots`` [2, BLOCK_N] of a tile and of the one before, and the board on which the producer
-    writes work items (tiled_schedule.py). If LATENT: one query tile in K_CHUNKS and ``q_rest``, what is left of keys in
-    place of values, and what the consumers tell each other: ``weights`` [2, 64, keys], ``maxima`` and ``sums`` [2, 64],
-    with barriers ``told``."""
+    """Shared memory: query tiles [CONSUMERS * K_CHUNKS, 64, K_COLUMNS] with barriers both ways, a ring of key tiles
+    and one of value tiles, the pool ``slots`` [2, BLOCK_N] of a tile and of the one before, and the board on which the
+    producer writes work items (tiled_schedule.py). If LATENT: one query tile in K_CHUNKS and ``q_rest``, what is left
+    of keys in place of values, and what the consumers tell each other: ``weights`` [2, 64, keys], ``maxima`` and
+    ``sums`` [2, 64], with barriers ``told``."""
 
     q_slots: gl.shared_memory_descriptor
     q_rest: gl.shared_memory_descriptor
