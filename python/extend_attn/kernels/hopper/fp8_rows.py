@@ -1,9 +1,10 @@
 """Codes of an fp8 pool to 16 bits; and the packed kernel's producers where shared memory has no room for codes.
 
-Both conversions are exact, and NaN and Inf codes stay what they are. Values go to fp16, whose exponent holds every
-code: e5m2 is an fp16's upper byte, e4m3 has an instruction. Keys beside a bf16 query go to bf16 by bits: sign, exponent
-and mantissa are shifted into place and multiplied by the power of two that the exponents' biases differ by; codes that
-are not finite are found four at a time by a carry into each byte's top bit, which ``prmt`` spreads over the result.
+All conversions are exact, and NaN and Inf codes stay what they are. fp16's exponent holds every code: e5m2 is an fp16's
+upper byte, e4m3 has an instruction. From there fp32 leads to bf16; or bits alone do, with fewer registers: sign,
+exponent and mantissa are shifted into place and multiplied by the power of two that the exponents' biases differ by;
+codes that are not finite are found four at a time by a carry into each byte's top bit, which ``prmt`` spreads over the
+result.
 """
 
 from triton.experimental import gluon

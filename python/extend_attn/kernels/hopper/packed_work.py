@@ -23,8 +23,9 @@ class Shape:
 
     APART: pool and new keys never share a tile, because their type or scale differs. V_HALF: values of an fp8 pool are
     multiplied as fp16 beside a bf16 query; P, at most 2 ** SLACK, loses nothing by that. Only where all values come
-    from the pool: of products of either type in two branches ptxas (Triton 3.6's) makes wrong ones. SPLIT: a
-    list goes to a fixed number of programs in equal shares; EVEN: all lists together do (shares.py).
+    from the pool: of products of either type in two branches ptxas (Triton 3.6's) makes wrong ones. CODE_TILES: places
+    for tiles of codes in shared memory; 0: they wait in registers. SPLIT: a list goes to a fixed number of programs in
+    equal shares; EVEN: all lists together do (shares.py).
     """
 
     NUM_HEADS: gl.constexpr
