@@ -307,6 +307,18 @@ def test_a_run_on_the_cpu(tmp_path, capsys):
     assert "tiny_verify" in capsys.readouterr().out
 
 
+def test_host_cost_on_the_cpu(capsys):
+    """A line for each plan of the library, none for the peers; what a plan can't be is wrong usage."""
+    argv = ["host", "--device", "cpu", "--rows", "tiny_verify", "--providers", f"{OWN},sdpa-flash"]
+    assert main([*argv, "--plan", "heuristic", "--plan", '{"pdl": false}']) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("tiny_verify")]
+    assert len(lines) == 2 and all(float(line.split()[3]) > 0 for line in lines)
+    assert said.count("sdpa-flash: needs a GPU") == 1
+    assert main([*argv, "--plan", "{pdl"]) == 2
+    assert "plan" in capsys.readouterr().err
+
+
 def test_a_spent_budget_starts_nothing(tmp_path):
     out = tmp_path / "run.json"
     options = ["--device", "cpu", "--rows", "tiny_verify", "--providers", OWN]

@@ -67,7 +67,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         rows = [*_rows(options), *map(Row.parse, options.shape)]
         own_list = options.finding and not options.providers
         providers = FINDING_PROVIDERS if own_list else providers_named(options.providers)
-        plans = [_plan(text) for text in options.plan or []]
+        plans = [plan_argument(text) for text in options.plan or []]
     except (ValueError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -219,8 +219,8 @@ def _rows(options: argparse.Namespace) -> List[Row]:
     return rows_named(options.rows, on_gpu=options.dry_run or options.device == "cuda" or _has_gpu())
 
 
-def _plan(text: str) -> Any:
-    """A plan of the command line: a JSON object, or a selector's name."""
+def plan_argument(text: str) -> Any:
+    """A plan of the command line: a JSON object, or a selector's name; ValueError for a broken object."""
     if not text.lstrip().startswith("{"):
         return text
     try:

@@ -10,10 +10,11 @@ import argparse
 import sys
 from typing import Any, Dict, List, Optional
 
+from .attention import plan_argument
 from .problems import Row, rows_named
 from .providers import OWN, providers_named
 from .report import plan_text, table
-from .runner import WorkerProcess
+from .runner import WorkerProcess, tasks_of
 
 ROWS = "verify_chat,one_verify,verify_burst,prefill_chat"
 # SDPA without a backend's context is torch's own choice whatever the name says: once is enough.
@@ -24,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m extend_attn bench host", description=__doc__)
     p.add_argument("--rows", default=ROWS, help=f"rows of bench attention, by commas (default: {ROWS})")
     p.add_argument("--providers", default=DEFAULT_PROVIDERS, help=f"by commas (default: {DEFAULT_PROVIDERS})")
+    p.add_argument("--plan", action="append", help="a plan of the library: JSON or a selector's name (repeatable)")
     p.add_argument("--device", default="cuda", help="cuda or cpu")
     p.add_argument("--timeout", type=float, default=60.0, help="seconds for one measurement, compilation included")
     return p
@@ -34,6 +36,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     options = parser().parse_args(argv)
     try:
         rows, providers = rows_named(options.rows), providers_named(options.providers)
+        plans = [plan_argument(text) for text in options.plan or []] or [None]
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -42,15 +45,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     failed = False
     with WorkerProcess(options.device, limit_s=options.timeout) as worker:
         facts = worker.ask({"op": "hello", "providers": providers})
-        for row in rows:
-            for provider in providers:
-                answer = worker.ask({"op": "host", "row": row.to_json(), "provider": provider})
-                failed = failed or "failed" in answer
-                reason = answer.get("skipped") or answer.get("failed")
-                if reason:
-                    skipped.append(f"  {row.name} {provider}: {reason}")
-                else:
-                    lines.append(line(row, provider, answer))
+        for task in tasks_of(rows, providers, {row.name: plans for row in rows}, OWN):
+            row, provider = Row.from_json(task["row"]), task["provider"]
+            answer = worker.ask({**task, "op": "host"})
+            failed = failed or "failed" in answer
+            reason = answer.get("skipped") or answer.get("failed")
+            if reason:
+                skipped.append(f"  {row.name} {provider}: {reason}")
+            else:
+                lines.append(line(row, provider, answer))
     print(f"{facts.get('device', '?')}, " + ", ".join(f"{k} {v}" for k, v in facts.get("versions", {}).items()))
     print(table(["row", "B,new,prefix,W", "provider", "us a call", "lengths not seen", "  plan"], lines, left=3))
     if skipped:
