@@ -23,6 +23,7 @@ from .legality_hopper_tiled import (
     shares_ring,
     tiled_blocks,
     tiled_items,
+    tiled_parts,
     tiled_rows,
     v_is_k,
 )
@@ -289,8 +290,6 @@ def _pairs(problem: Problem) -> bool:
 
 def tiled_splits(problem: Problem, device: DeviceSpec, block_n: int, pack: bool) -> int:
     """Parts of one block's keys: as many as fit one wave, and no shorter than what pays for the merge."""
-    if problem.sliding_window > 0:
-        return 1
     items = tiled_items(problem, 2 if pack else 1, ROWS if pack else tiled_rows(problem))
     longest = -(-(problem.prefix_hint + problem.max_len_extend) // block_n)
-    return max(1, min(device.sm_count // max(items, 1), longest // MIN_SPLIT_TILES, TILED_SPLIT_MAX))
+    return tiled_parts(problem, min(longest // MIN_SPLIT_TILES, TILED_SPLIT_MAX), items, device.sm_count)

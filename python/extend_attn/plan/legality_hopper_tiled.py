@@ -69,10 +69,10 @@ def tiled_items(problem: Problem, heads: int, tokens: int) -> int:
     return blocks * problem.num_q_heads // heads * slices
 
 
-def tiled_parts(problem: Problem, plan: Plan, items: int, programs: int) -> int:
-    """Parts at most into which the keys of ``items`` are cut, so that all run at once: fewer than the plan's
-    ``split_kv`` where there are many items, none (1) where a window makes them short."""
-    return 1 if problem.sliding_window > 0 else max(1, min(plan.split_kv, programs // max(items, 1)))
+def tiled_parts(problem: Problem, most: int, items: int, programs: int) -> int:
+    """Parts, ``most`` at most, into which the keys of each of ``items`` are cut, so that all run at once: fewer where
+    there are many items, none (1) where a window makes them short."""
+    return 1 if problem.sliding_window > 0 else max(1, min(most, programs // max(items, 1)))
 
 
 def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:

@@ -9,7 +9,6 @@ result.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .gather import exists_of, slots_of
 from .gluon_compat import constexpr_function, reinterpret
@@ -17,6 +16,7 @@ from .shares import next_work
 
 E4M3 = gl.constexpr(1)
 E5M2 = gl.constexpr(2)
+CHUNK_MAX = gl.constexpr(256)  # columns of a row that are in registers at once
 
 _TO_FP16 = {
     1: """{
@@ -85,7 +85,7 @@ def _assembly(kind, half, through_fp32):
 
 
 @gluon.jit
-def load_codes(rows, exists, COLUMN: gl.constexpr, WIDTH: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr):
+def _load_codes(rows, exists, COLUMN: gl.constexpr, WIDTH: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr):
     """Codes of WIDTH columns, four to a 32-bit word: as bytes, each would take a register from load to use."""
     words = COLUMN // 4 + gl.arange(0, WIDTH // 4, layout=gl.SliceLayout(0, LAYOUT))
     pointers = gl.max_contiguous(gl.multiple_of(rows[:, None] + words[None, :], [1, 8]), [1, 2])
@@ -103,28 +103,52 @@ def to_pairs(words, KIND: gl.constexpr, HALF: gl.constexpr, THROUGH_FP32: gl.con
 
 
 @gluon.jit
-def put_codes(
-    slot, words, COLUMN: gl.constexpr, KIND: gl.constexpr, HALF: gl.constexpr, THROUGH_FP32: gl.constexpr = False
-):
-    """Words of four codes into columns of a slot, as fp16 (HALF) or bf16; THROUGH_FP32 is shorter, but spills where a
-    whole tile of codes is in registers."""
-    pairs = to_pairs(words, KIND, HALF, THROUGH_FP32)
+def _put_codes(slot, words, COLUMN: gl.constexpr, KIND: gl.constexpr, HALF: gl.constexpr):
+    """Words of four codes into columns of a slot, as fp16 (HALF) or bf16. Through fp32 would be shorter, but spills
+    where a whole tile of codes is in registers."""
+    pairs = to_pairs(words, KIND, HALF, False)
     WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
     in_words = reinterpret(slot, gl.int32, [slot.shape[0], slot.shape[1] // 2], WORDS)
     in_words.slice(COLUMN // 2, words.shape[1] * 2, 1).store(pairs)
 
 
 @gluon.jit
-def put_new(slot, rows, exists, COLUMN: gl.constexpr, WIDTH: gl.constexpr, SKIP: gl.constexpr, DIM: gl.constexpr,
-             WARPS: gl.constexpr):  # fmt: skip
+def _put_new(slot, rows, exists, COLUMN: gl.constexpr, WIDTH: gl.constexpr, SKIP: gl.constexpr, DIM: gl.constexpr,
+             LAYOUT: gl.constexpr):  # fmt: skip
     """New rows, which are in 16 bits already: columns of the slot from COLUMN on, of the row from SKIP on."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     columns = SKIP + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
-    rows = gl.convert_layout(rows, gl.SliceLayout(1, LAYOUT))
-    exists = gl.convert_layout(exists, gl.SliceLayout(1, LAYOUT))
     pointers = gl.max_contiguous(gl.multiple_of(rows[:, None] + columns[None, :], [1, 16]), [1, 8])
     values = gl.load(pointers, mask=exists[:, None] & (columns < DIM)[None, :], other=0.0)
     slot.slice(COLUMN, WIDTH, 1).store(values)
+
+
+@gluon.jit
+def produce_new(call, work, shape, ring, pe, n, V: gl.constexpr, WARPS: gl.constexpr):
+    """The tiles of new keys (V False) or values of ``work``, behind its pool's; returns the number of what follows."""
+    STEP: gl.constexpr = 1 if shape.V_IS_K else 2
+    PE: gl.constexpr = 0 if V else shape.BLOCK_PE
+    DIM: gl.constexpr = shape.HEAD_DIM_V if V else shape.HEAD_DIM
+    CHUNK: gl.constexpr = min(shape.BLOCK_D, CHUNK_MAX)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    if not shape.UNIFIED:
+        head = work.kv_head.to(gl.int64)
+        if V:
+            new = call.v_new + head * call.stride_vh
+            stride = call.stride_vt
+        else:
+            new = call.k_new + head * call.stride_kh
+            stride = call.stride_kt
+        for i in range(gl.maximum(work.first, work.pool_tiles), work.last):
+            place, exists = exists_of(call, work, shape, i, gl.SliceLayout(1, LAYOUT))
+            rows = new + (work.q_start + (work.new_lo + place - work.pool_keys)) * stride
+            ring.wait_empty(n)
+            for c in gl.static_range(shape.BLOCK_D // CHUNK):
+                _put_new(ring.slot(n), rows, exists, c * CHUNK, CHUNK, c * CHUNK, DIM, LAYOUT)
+            if PE > 0:
+                _put_new(pe.index(n // STEP % pe.shape[0]), rows, exists, 0, PE, shape.BLOCK_D, DIM, LAYOUT)
+            ring.hand_over(n, 1)
+            n += STEP
+    return n
 
 
 @gluon.jit
@@ -133,7 +157,7 @@ def produce_fp8(call, shape, share, ring, pe, pairs, num_splits, V: gl.constexpr
     STEP: gl.constexpr = 1 if shape.V_IS_K else 2
     PE: gl.constexpr = 0 if V else shape.BLOCK_PE
     DIM: gl.constexpr = shape.HEAD_DIM_V if V else shape.HEAD_DIM
-    CHUNK: gl.constexpr = min(shape.BLOCK_D, 256)
+    CHUNK: gl.constexpr = min(shape.BLOCK_D, CHUNK_MAX)
     CHUNKS: gl.constexpr = shape.BLOCK_D // CHUNK
     HALF: gl.constexpr = (shape.V_HALF and V) or call.q.dtype.element_ty == gl.float16
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [WARPS, 1], [1, 0])  # words: 8 codes a thread
@@ -146,55 +170,38 @@ def produce_fp8(call, shape, share, ring, pe, pairs, num_splits, V: gl.constexpr
         if V:
             pool = call.v_pool.to(gl.pointer_type(gl.int32), bitcast=True) + head * (call.stride_vg // 4)
             stride = call.stride_vs // 4
-            new = call.v_new + head * call.stride_vh
-            stride_new = call.stride_vt
         else:
             pool = call.k_pool.to(gl.pointer_type(gl.int32), bitcast=True) + head * (call.stride_kg // 4)
             stride = call.stride_ks // 4
-            new = call.k_new + head * call.stride_kh
-            stride_new = call.stride_kt
         stop = gl.minimum(work.pool_tiles, work.last)
         if work.first < stop:
             slot = slots_of(call, work, shape, work.first, ROWS)
             ahead = slots_of(call, work, shape, work.first + 1, ROWS)
             place, exists = exists_of(call, work, shape, work.first, ROWS)
-            codes = load_codes(pool + slot.to(gl.int64) * stride, exists, 0, CHUNK, DIM, LAYOUT)
+            codes = _load_codes(pool + slot.to(gl.int64) * stride, exists, 0, CHUNK, DIM, LAYOUT)
             for i in range(work.first, stop):
                 later = slots_of(call, work, shape, i + 2, ROWS)
                 rows = pool + slot.to(gl.int64) * stride
                 for c in gl.static_range(CHUNKS - 1):
-                    after = load_codes(rows, exists, (c + 1) * CHUNK, CHUNK, DIM, LAYOUT)
+                    after = _load_codes(rows, exists, (c + 1) * CHUNK, CHUNK, DIM, LAYOUT)
                     if c == 0:
                         ring.wait_empty(n)
-                    put_codes(ring.slot(n), codes, c * CHUNK, shape.FP8, HALF)
+                    _put_codes(ring.slot(n), codes, c * CHUNK, shape.FP8, HALF)
                     codes = after
                 if PE > 0:
-                    rest = load_codes(rows, exists, shape.BLOCK_D, PE, DIM, LAYOUT)
+                    rest = _load_codes(rows, exists, shape.BLOCK_D, PE, DIM, LAYOUT)
                 place_next, exists_next = exists_of(call, work, shape, i + 1, ROWS)
                 exists_next = exists_next & (i + 1 < stop)
-                after = load_codes(pool + ahead.to(gl.int64) * stride, exists_next, 0, CHUNK, DIM, LAYOUT)
+                after = _load_codes(pool + ahead.to(gl.int64) * stride, exists_next, 0, CHUNK, DIM, LAYOUT)
                 if CHUNKS == 1:
                     ring.wait_empty(n)
-                put_codes(ring.slot(n), codes, (CHUNKS - 1) * CHUNK, shape.FP8, HALF)
+                _put_codes(ring.slot(n), codes, (CHUNKS - 1) * CHUNK, shape.FP8, HALF)
                 if PE > 0:
-                    put_codes(pe.index(n // STEP % pe.shape[0]), rest, 0, shape.FP8, HALF)
-                fence_async_shared()
-                mbarrier.arrive(ring.filled(n), count=1)
+                    _put_codes(pe.index(n // STEP % pe.shape[0]), rest, 0, shape.FP8, HALF)
+                ring.hand_over(n, 1)
                 n += STEP
                 slot = ahead
                 ahead = later
                 exists = exists_next
                 codes = after
-        if not shape.UNIFIED:
-            for i in range(gl.maximum(work.first, work.pool_tiles), work.last):
-                place_new, seen = exists_of(call, work, shape, i, ROWS)
-                rows_new = new + (work.q_start + (work.new_lo + place_new - work.pool_keys)) * stride_new
-                ring.wait_empty(n)
-                for c in gl.static_range(CHUNKS):
-                    put_new(ring.slot(n), rows_new, seen, c * CHUNK, CHUNK, c * CHUNK, DIM, WARPS)
-                if PE > 0:
-                    k_pe = pe.index(n // STEP % pe.shape[0])
-                    put_new(k_pe, rows_new, seen, 0, PE, shape.BLOCK_D, DIM, WARPS)
-                fence_async_shared()
-                mbarrier.arrive(ring.filled(n), count=1)
-                n += STEP
+        n = produce_new(call, work, shape, ring, pe, n, V, WARPS)

@@ -7,8 +7,8 @@ piece of the other.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from .addresses import rows_at
 from .fp8_rows import to_pairs
 from .gluon_compat import constexpr_function, gather_load, reinterpret
 
@@ -31,26 +31,12 @@ def copy_layout(rows, words, warps):
 
 
 @gluon.jit
-def _rows(pool, slots, stride):
-    """Pointers to words of the rows at these slots, ``stride`` bytes apart. A slot and a stride of 32 bits each are
-    multiplied as such, by one instruction: as 64 bits they take seven."""
-    WORDS: gl.constexpr = gl.pointer_type(gl.int32)
-    if stride.dtype == gl.int32:
-        addresses = gl.inline_asm_elementwise(
-            "mad.wide.u32 $0, $1, $2, $3;", "=l,r,r,l", [slots, stride, pool.to(gl.int64)],
-            dtype=gl.int64, is_pure=True, pack=1,
-        )  # fmt: skip
-        return addresses.to(WORDS, bitcast=True)
-    else:
-        return (pool + slots.to(gl.int64) * stride).to(WORDS, bitcast=True)
-
-
-@gluon.jit
 def stage(place, pool, slots, stride, exists, LIMIT: gl.constexpr, HIDDEN: gl.constexpr, LAYOUT: gl.constexpr):
     """Enqueues copies of the pool's rows at these slots; zeros from column LIMIT on, and, if HIDDEN, for rows that do
     not exist."""
     words = gl.arange(0, place.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    pointers = _rows(pool, slots, stride)[:, None] + words[None, :]
+    rows = rows_at(pool, slots, stride).to(gl.pointer_type(gl.int32), bitcast=True)
+    pointers = rows[:, None] + words[None, :]
     pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 4])
     if HIDDEN:
         gather_load(place, pointers, mask=exists[:, None] & (words < LIMIT // 4)[None, :])
@@ -77,10 +63,3 @@ def convert(place, slot, FIRST: gl.constexpr, KIND: gl.constexpr, HALF: gl.const
         if piece + 1 < PIECES:
             following = codes.index(FIRST // PIECE + piece + 1).load(LAYOUT)
         values.index(piece).store(to_pairs(words, KIND, HALF, True))
-
-
-@gluon.jit
-def hand_over(ring, n, ARRIVALS: gl.constexpr):
-    """The slot of tile ``n`` is there."""
-    fence_async_shared()
-    mbarrier.arrive(ring.filled(n), count=ARRIVALS)

@@ -59,7 +59,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     row_blocks = -(-problem.max_len_extend // tokens)
     items = tiled_items(problem, heads, tokens)
     programs = multiprocessors(inputs.q.device)
-    parts = tiled_parts(problem, plan, items, programs)
+    parts = tiled_parts(problem, plan.split_kv, items, programs)
     split = parts > 1
     on = features(inputs, problem)
     on["CAUSAL"] = on["CAUSAL"] and not on["MASK"]

@@ -17,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .addresses import fresh
 from .ahead import look_ahead, prefetch_lengths
 from .epilogue import store_result
 from .fp8_rows import produce_fp8
@@ -69,12 +70,6 @@ def _fold_values(acc, p, slot, p_tile, kind: gl.constexpr):
 
 
 @gluon.jit
-def _here(x):
-    """``x``, of which the compiler knows too little to make anything of it ahead of a loop."""
-    return gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _consume(
     WHO: gl.constexpr, WAIT: gl.constexpr, call, shape, share, ring, pe, queries, queries_pe, weights, flags,
     pairs, num_splits, patience, num_indices, num_slots,
@@ -123,7 +118,7 @@ def _consume(
             if not shape.FP8:  # rows came through the generic proxy; one that converts them fences them off itself
                 fence_async_shared()
             zeros = gl.zeros([shape.BLOCK_N, shape.ROWS], gl.float32, MMA)
-            at = _here(WHO)
+            at = fresh(WHO)
             s = warpgroup_mma(ring.slot(n), queries.index(at).permute((1, 0)), zeros, use_acc=False, is_async=True)
             if shape.BLOCK_PE > 0:
                 k_pe = pe.index(n // STEP % pe.shape[0])

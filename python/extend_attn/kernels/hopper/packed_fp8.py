@@ -4,8 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .fp8_rows import put_new
-from .fp8_staged import convert, copy_layout, hand_over, stage
+from .fp8_rows import produce_new
+from .fp8_staged import convert, copy_layout, stage
 from .gather import exists_of, slots_of
 from .shares import next_work
 
@@ -26,13 +26,8 @@ def _slots(call, work, shape, i, LAYOUT: gl.constexpr):
 def _stage(call, work, shape, i, stop, pool, stride, slots, place, DIM: gl.constexpr, LAYOUT: gl.constexpr):
     """Copies of tile ``i``, if it is one of the pool's, into its place."""
     if i < stop:
-        WHOLE: gl.constexpr = not shape.MASK
-        if WHOLE:
-            if (i + 1) * shape.BLOCK_N <= work.pool_keys:
-                stage(place, pool, slots, stride, slots, DIM, False, LAYOUT)
-            else:
-                _, exists = exists_of(call, work, shape, i, gl.SliceLayout(1, LAYOUT))
-                stage(place, pool, slots, stride, exists, DIM, True, LAYOUT)
+        if not shape.MASK and (i + 1) * shape.BLOCK_N <= work.pool_keys:
+            stage(place, pool, slots, stride, slots, DIM, False, LAYOUT)
         else:
             _, exists = exists_of(call, work, shape, i, gl.SliceLayout(1, LAYOUT))
             stage(place, pool, slots, stride, exists, DIM, True, LAYOUT)
@@ -51,7 +46,6 @@ def produce_staged(call, shape, share, ring, pe, codes, pairs, num_splits, V: gl
     FIRST: gl.constexpr = shape.CODE_TILES if V else 0  # place
     LAYOUT: gl.constexpr = copy_layout(shape.BLOCK_N, codes.shape[2], WARPS)
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    NEW: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0]))
     n = gl.to_tensor(1 if V else 0)
     cursor, sequence, base = share.cursor, share.sequence, share.base
     while cursor < share.end:
@@ -60,13 +54,9 @@ def produce_staged(call, shape, share, ring, pe, codes, pairs, num_splits, V: gl
         if V:
             pool = call.v_pool + head * call.stride_vg
             stride = call.stride_vs
-            new = call.v_new + head * call.stride_vh
-            stride_new = call.stride_vt
         else:
             pool = call.k_pool + head * call.stride_kg
             stride = call.stride_ks
-            new = call.k_new + head * call.stride_kh
-            stride_new = call.stride_kt
         stop = gl.minimum(work.pool_tiles, work.last)
         if work.first < stop:
             for i in gl.static_range(AHEAD):
@@ -85,16 +75,7 @@ def produce_staged(call, shape, share, ring, pe, codes, pairs, num_splits, V: gl
                 if PE > 0:
                     rest = pe.index(n // STEP % pe.shape[0])
                     convert(here, rest, shape.BLOCK_D, shape.FP8, HALF)
-                hand_over(ring, n, 1)
+                ring.hand_over(n, 1)
                 n += STEP
                 ahead = later
-        if not shape.UNIFIED:
-            for i in range(gl.maximum(work.first, work.pool_tiles), work.last):
-                at, seen = exists_of(call, work, shape, i, NEW)
-                rows = new + (work.q_start + (work.new_lo + at - work.pool_keys)) * stride_new
-                ring.wait_empty(n)
-                put_new(ring.slot(n), rows, seen, 0, shape.BLOCK_D, 0, DIM, WARPS)
-                if PE > 0:
-                    put_new(pe.index(n // STEP % pe.shape[0]), rows, seen, 0, PE, shape.BLOCK_D, DIM, WARPS)
-                hand_over(ring, n, 1)
-                n += STEP
+        n = produce_new(call, work, shape, ring, pe, n, V, WARPS)

@@ -8,7 +8,7 @@ barrier when every consumer has read it; both complete once a round, so their ph
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .gluon_compat import aggregate, constexpr_function
 
@@ -54,6 +54,12 @@ class Ring:
     def filled(self, n):
         """The barrier that completes when tile ``n`` is there."""
         return self.full.index(turn_of(n, self.stages)[0])
+
+    @gluon.jit
+    def hand_over(self, n, ARRIVALS: gl.constexpr):
+        """Tile ``n``, which its producer's threads have stored, is there."""
+        fence_async_shared()
+        mbarrier.arrive(self.filled(n), count=ARRIVALS)
 
     @gluon.jit
     def wait_full(self, n):

@@ -10,12 +10,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from ..compat import gdc_wait
-from .fp8_staged import convert, copy_layout, hand_over, stage
+from .fp8_staged import convert, copy_layout, stage
 from .tiled_gather import slots_of
 from .tiled_masks import some_row_sees
 from .tiled_producer import load_keys, load_query, new_values
-from .tiled_schedule import announce, announced, count_blocks, search_at
+from .tiled_schedule import announce, announce_first, announced, search_at
 from .tiled_work import key_place, tiles_of, value_place
 
 CODE_TILES = gl.constexpr(3)  # places for tiles of codes
@@ -37,14 +36,14 @@ def _put_keys(place, ring, n, ARRIVALS: gl.constexpr, c):
         at = n * c.K_CHUNKS + chunk
         ring.wait_empty(at)
         convert(place, ring.slot(at), chunk * c.K_COLUMNS, c.FP8, HALF)
-        hand_over(ring, at, ARRIVALS)
+        ring.hand_over(at, ARRIVALS)
 
 
 @gluon.jit
 def _put_values(place, ring, n, ARRIVALS: gl.constexpr, c):
     ring.wait_empty(n)
     convert(place, ring.slot(n), 0, c.FP8, ring.slots.dtype == gl.float16)
-    hand_over(ring, n, ARRIVALS)
+    ring.hand_over(n, ARRIVALS)
 
 
 @gluon.jit
@@ -53,12 +52,9 @@ def produce_fp8(sources, call, memory, staged, ARRIVALS: gl.constexpr, c):
     third keys of tile t + 1; values of tile t follow into the first as soon as its keys are converted."""
     LAYOUT: gl.constexpr = copy_layout(c.BLOCK_N, staged.shape[2], gl.num_warps())
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    if c.PDL:
-        gdc_wait()
-    total = count_blocks(call, c)
     n = 0
     number = 0
-    item, kv_start = announce(memory.board, number, total, call, c)
+    total, item, kv_start = announce_first(memory.board, call, c)
     while item.extend_len != 0:
         tiles = tiles_of(item, call, c)
         head = item.head_block * c.HEADS // c.GROUP

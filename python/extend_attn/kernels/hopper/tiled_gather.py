@@ -8,6 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from .addresses import rows_at
 from .gluon_compat import constexpr_function, gather_load, reinterpret, struct, tma_load
 
 RUN = gl.constexpr(64)  # consecutive slots that are worth TMA: latent keys alone, elsewhere looking costs more
@@ -118,20 +119,6 @@ def load_runs(desc, kv_indices, start, head, column, barrier, destination):
 def rows_of(base, slots, stride, LAYOUT: gl.constexpr):
     """Pointers to the rows of ``slots``."""
     return base + gl.convert_layout(slots, gl.SliceLayout(1, LAYOUT)).to(gl.int64) * stride
-
-
-@gluon.jit
-def rows_at(base, slots, stride):
-    """Pointers to the rows of ``slots``, which are doubled, as bytes are of 16-bit elements. A slot and a stride of 32
-    bits each are multiplied as such: left to itself the compiler multiplies 64 bits by 64."""
-    if stride.dtype == gl.int32:
-        rows = gl.inline_asm_elementwise(
-            "mad.wide.u32 $0, $1, $2, $3;", "=l,r,r,l", [slots, stride, base.to(gl.uint64, bitcast=True)],
-            dtype=gl.uint64, is_pure=True, pack=1,
-        )  # fmt: skip
-        return rows.to(base.dtype, bitcast=True)
-    else:
-        return base + (slots.to(gl.uint32) // 2).to(gl.int64) * stride
 
 
 @gluon.jit

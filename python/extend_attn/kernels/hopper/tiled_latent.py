@@ -27,7 +27,7 @@ from .tiled_epilogue import finish_part, store
 from .tiled_gather import arrived, gather, load_runs, no_slots, rows_of, runs_of
 from .tiled_masks import BOTH, NEW, first_key, sees, some_row_sees
 from .tiled_producer import new_rows
-from .tiled_schedule import announce, announced, count_blocks, receive, search_at
+from .tiled_schedule import announce, announce_first, announced, receive, search_at
 from .tiled_softmax import logits, scales, temperature_of
 from .tiled_work import ROWS, Item, box_at, place_of, tiles_of
 
@@ -303,13 +303,10 @@ def load_apart(sources, item, tiles, t, head, memory, n, ARRIVALS: gl.constexpr,
 def produce_latent(sources, call, memory, ARRIVALS: gl.constexpr, c):
     """Key tiles in the order of the walk; slots and items are looked up ahead as in ``produce`` (tiled_producer.py)."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    if c.PDL:
-        gdc_wait()
-    total = count_blocks(call, c)
     n = 0
     rest = 0
     number = 0
-    item, kv_start = announce(memory.board, number, total, call, c)
+    total, item, kv_start = announce_first(memory.board, call, c)
     while item.extend_len != 0:
         tiles = tiles_of(item, call, c)
         load_queries(sources.q, item, memory, number, c)

@@ -14,11 +14,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from ..compat import gdc_wait
+from .addresses import rows_at
 from .gluon_compat import struct, tma_load
-from .tiled_gather import gather, gather_slots, piece_of, rows_at, slots_of
+from .tiled_gather import gather, gather_slots, piece_of, slots_of
 from .tiled_masks import some_row_sees
-from .tiled_schedule import announce, announced, count_blocks, search_at
+from .tiled_schedule import announce, announce_first, announced, search_at
 from .tiled_work import ROWS, box_at, key_place, tiles_of, value_place
 
 
@@ -158,12 +158,9 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     first tiles of this one."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    if c.PDL:
-        gdc_wait()
-    total = count_blocks(call, c)
     n = 0
     number = 0
-    item, kv_start = announce(memory.board, number, total, call, c)
+    total, item, kv_start = announce_first(memory.board, call, c)
     while item.extend_len != 0:
         tiles = tiles_of(item, call, c)
         head = item.head_block * c.HEADS // c.GROUP

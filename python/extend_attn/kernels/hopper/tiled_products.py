@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .addresses import fresh
 from .gluon_compat import struct
 from .tiled_softmax import operand, rescale
 from .tiled_work import ROWS
@@ -36,15 +37,6 @@ class Seat:
     query: gl.tensor
     phase: gl.tensor
     n: gl.tensor
-
-
-@gluon.jit
-def fresh(place):
-    """``place``, anew at each use. Of what stays the same for a whole loop the compiler keeps all addresses that follow
-    from it, which at head dim 512 is more than registers hold, and what is spilled comes back from the L2."""
-    return gl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [gl.to_tensor(place)], dtype=gl.int32, is_pure=False, pack=1
-    )
 
 
 @gluon.jit

@@ -15,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from ..compat import gdc_wait
 from .tiled_work import Item, Part, equal_part, whole
 
 CHUNK = gl.constexpr(128)  # sequences looked at in one step
@@ -261,6 +262,17 @@ def announce(board, turn, total, call, c):
     item, rest, kv_start = find_item(turn, total, call, c)
     publish(board, item, rest, kv_start, turn, c)
     return item, kv_start
+
+
+@gluon.jit
+def announce_first(board, call, c):
+    """(what ``announce`` needs of the batch, the program's first item, where its prefix slots start), once the kernel
+    ahead has ended."""
+    if c.PDL:
+        gdc_wait()
+    total = count_blocks(call, c)
+    item, kv_start = announce(board, 0, total, call, c)
+    return total, item, kv_start
 
 
 @gluon.jit

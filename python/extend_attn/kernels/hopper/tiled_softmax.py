@@ -14,7 +14,6 @@ SCALE_MIN = gl.constexpr(1e-36)  # stands for a scale of 0, which would make NaN
 # Columns of values up to which weights are paired: d64_prefill takes 571 us, not 613, on an H200; prefill_long 353, not
 # 348.
 PAIRED_MAX = gl.constexpr(128)
-SLACK = gl.constexpr(8.0)  # what weigh lets a maximum grow by: 2 ** 8 is far from fp16's end
 
 
 @gluon.jit
