@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import extend_attn
-from extend_attn.problem import FP8_TYPES, Problem, bucket
+from extend_attn.problem import FP8_TYPES, Problem, bucket, size_class
 
 BASE = Problem("bfloat16", 256, 256, 8, 4, batch_size=32, num_tokens=128, max_len_extend=4, num_kv_indices=256000)
 
@@ -130,6 +130,19 @@ def test_buckets(n, expected):
     assert bucket(n) == expected
 
 
+@pytest.mark.parametrize(
+    "n, expected", ((0, 0), (1, 1), (7, 7), (8, 8), (9, 10), (11, 12), (16, 16), (17, 20), (33, 40), (1000, 1024))
+)
+def test_size_classes(n, expected):
+    assert size_class(n) == expected
+
+
+@given(st.integers(1, 1 << 40))
+def test_a_size_class_is_little_more_and_holds_powers_of_two(n):
+    assert n <= size_class(n) <= 1.25 * n and size_class(size_class(n)) == size_class(n) <= bucket(n)
+    assert size_class(bucket(n)) == bucket(n)
+
+
 # Every field of Problem and a value that differs from BASE's in a way that matters.
 OTHER = {
     "dtype": "float16",
@@ -185,8 +198,7 @@ def test_every_field_is_in_the_key(name):
 @pytest.mark.parametrize(
     "changes",
     (
-        {"batch_size": 17, "num_tokens": 65, "num_kv_indices": 131073},
-        {"max_len_extend": 3},
+        {"batch_size": 29, "num_tokens": 113, "num_kv_indices": 229377},
         {"num_kv_indices": 262144},
     ),
 )
@@ -194,8 +206,13 @@ def test_the_key_survives_from_step_to_step(changes):
     assert replace(BASE, **changes).key() == BASE.key()
 
 
+@pytest.mark.parametrize("changes", ({"batch_size": 28}, {"max_len_extend": 3}, {"num_kv_indices": 229376}))
+def test_a_size_of_another_class_changes_the_key(changes):
+    assert replace(BASE, **changes).key() != BASE.key()
+
+
 def test_values_that_kernels_take_at_run_time_do_not_change_the_key():
-    one = replace(BASE, logit_cap=30.0, xai_temperature_len=1024, sliding_window=1023, max_len_prefix=600)
+    one = replace(BASE, logit_cap=30.0, xai_temperature_len=1024, sliding_window=1023, max_len_prefix=900)
     other = replace(BASE, logit_cap=50.0, xai_temperature_len=2048, sliding_window=1000, max_len_prefix=1000)
     assert one.key() == other.key()
 
@@ -278,12 +295,12 @@ def test_the_problems_of_a_model():
         head_dim=256,
         num_q_heads=8,
         num_kv_heads=4,
-        batch_sizes=(1, 7, 8),
+        batch_sizes=(1, 15, 16),
         max_len_extend=(4, 8192),
         sliding_window=(1023, -1),
         sinks=True,
     )
-    assert len(problems) == len({p.key() for p in problems}) == 2 * 2 * 2 * 2  # 7 and 8 sequences share a key
+    assert len(problems) == len({p.key() for p in problems}) == 2 * 2 * 2 * 2  # 15 and 16 sequences share a key
     assert {p.max_len_extend for p in problems} == {4, 8192}
     assert {p.sliding_window for p in problems} == {1023, -1}
     assert {p.has_prefix for p in problems} == {False, True}

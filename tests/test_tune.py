@@ -205,6 +205,33 @@ def test_a_plan_must_beat_the_heuristic_by_more_than_chance(answers, tmp_path, u
     assert (row.plan, row.us) == ((other, us) if wins else (own, 50.0))
 
 
+def test_the_fastest_are_measured_again_and_the_lower_figure_counts(answers, monkeypatch, tmp_path):
+    """The first plan comes out slow the first time only; a plan whose second result is wrong is no row."""
+    own, other = defaults(problem(), H100)[0][:2]
+    third = steps(problem(), H100, [(own, 50.0)])[0]
+    seen = []
+
+    def ask(self, task):
+        answer = honest(self, task)
+        if task["op"] == "measure":
+            plan = Plan.from_json(task["plan"])
+            seen.append(plan)
+            if plan == own and seen.count(plan) == 1:
+                return {"us": 54.0}
+            if plan == third and seen.count(plan) == 2:
+                return {"failed": "wrong result: max error 1"}
+        return answer
+
+    honest = Answers.ask
+    monkeypatch.setattr(Answers, "ask", ask)
+    answers.times = {other: 51.0, third: 45.0}
+    table = tmp_path / "table.json"
+    assert tune([problem()], "cuda", Limits(), table=str(table), command="") == 1
+    row = measured(table)[problem()]
+    assert (row.plan, row.us) == (own, 50.0)
+    assert seen[-1] == own and seen.count(third) == 2
+
+
 def test_a_run_goes_on_where_it_ended(answers, tmp_path):
     table = str(tmp_path / "table.json")
     several = [problem(batch_size=n, num_tokens=4 * n) for n in (1, 2, 4)]
@@ -317,20 +344,17 @@ def test_the_heuristics_follow_the_measured_crossover():
 
 
 def test_the_heuristics_follow_the_sweeps():
-    """Of the swept problems whose choice was measured, 93 % get a plan at most a tenth slower than the best."""
+    """Of the swept problems whose choice was measured, 95 % get a plan at most a tenth slower than the best."""
     device = dataclasses.replace(DeviceSpec.preset("h200"), triton="3.6.0")
     ratios = []
-    for line in (RESULTS / "2026-11-25-h200-evaluate-1.jsonl").read_text().splitlines():
+    for line in (RESULTS / "2026-11-26-h200-evaluate-2.jsonl").read_text().splitlines():
         swept = evaluation.Outcome.from_json(json.loads(line))
         chosen = select(swept.problem, device, plan="heuristic")
-        if chosen.family == "hopper_tiled":
-            chosen = dataclasses.replace(chosen, pdl=False)  # dependent launch came after the run
-        remade = chosen.family == "hopper_tiled" and chosen.tile.num_stages == 1 and swept.problem.head_dim_qk <= 256
         us = swept.plans.get(str(chosen))
-        if us is not None and not remade:  # one ring of keys and values came after the run
+        if us is not None:
             ratios.append(us / swept.best_us)
-    assert len(ratios) >= 140 and max(ratios) < 1.35  # some choices, four consumers among them, came after the run
-    assert sum(ratio <= evaluation.TOLERANCE for ratio in ratios) >= 0.93 * len(ratios)
+    assert len(ratios) >= 180 and max(ratios) < 1.35  # other numbers of splits were not measured
+    assert sum(ratio <= evaluation.TOLERANCE for ratio in ratios) >= 0.95 * len(ratios)
 
 
 # -- the command line

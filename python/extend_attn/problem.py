@@ -42,6 +42,12 @@ def bucket(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
+def size_class(n: int) -> int:
+    """``n`` rounded up to one of four sizes an octave: 1 to 8, 10, 12, 14, 16, 20, 24, ... (0 stays 0)."""
+    step = 1 << max(0, (n - 1).bit_length() - 3) if n > 0 else 1
+    return -(-n // step) * step
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call, as the host sees it. Types are torch's names without ``torch.``; lengths are in tokens.
@@ -208,21 +214,22 @@ class Problem:
         return share if self.prefix_bound is None else min(share, self.prefix_bound)
 
     def bucketed(self) -> Problem:
-        """This problem with every length and count rounded up to a power of two: what plans are chosen for."""
+        """This problem with every length and count rounded up to its ``size_class``, and its window to a power of two:
+        what plans are chosen for."""
         prefix = self.max_len_prefix
         return replace(
             self,
-            batch_size=bucket(self.batch_size),
-            num_tokens=bucket(self.num_tokens),
-            max_len_extend=bucket(self.max_len_extend),
-            num_kv_indices=bucket(self.num_kv_indices),
-            max_len_prefix=None if prefix is None else bucket(prefix),
+            batch_size=size_class(self.batch_size),
+            num_tokens=size_class(self.num_tokens),
+            max_len_extend=size_class(self.max_len_extend),
+            num_kv_indices=size_class(self.num_kv_indices),
+            max_len_prefix=None if prefix is None else size_class(prefix),
             sliding_window=bucket(self.sliding_window) if self.sliding_window > 0 else -1,
         )
 
     def key(self) -> Tuple[Any, ...]:
         """What a cached plan or launcher depends on: types, dims, flags and alignment exactly, lengths and counts as
-        power-of-two buckets, values that kernels take at run time (cap, temperature length) only as on or off."""
+        ``bucketed`` rounds them, values that kernels take at run time (cap, temperature length) only as on or off."""
         prefix = self.max_len_prefix
         return (
             self.dtype,
@@ -247,11 +254,11 @@ class Problem:
             self.v_aliases_k_pool,
             self.v_aliases_k_new,
             self.batch_invariant,
-            bucket(self.batch_size),
-            bucket(self.num_tokens),
-            bucket(self.max_len_extend),
-            bucket(self.num_kv_indices),
-            None if prefix is None else bucket(prefix),
+            size_class(self.batch_size),
+            size_class(self.num_tokens),
+            size_class(self.max_len_extend),
+            size_class(self.num_kv_indices),
+            None if prefix is None else size_class(prefix),
             bucket(self.sliding_window) if self.sliding_window > 0 else -1,
         )
 

@@ -21,10 +21,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, TypeVar
 
-from ..problem import Problem
+from ..problem import Problem, bucket
 from .device import DeviceSpec
 from .heuristics import PACKED_MAX_LEN_EXTEND
-from .tile import Plan
+from .tile import BLOCK_M_MIN, BLOCK_MIN, Plan
 
 SCHEMA = 1
 ENVIRONMENT = "EXTEND_ATTN_TABLE"
@@ -127,12 +127,16 @@ def _distance(row: Problem, problem: Problem, plan: Plan) -> Optional[int]:
         return None
     few = [n <= PACKED_MAX_LEN_EXTEND for n in (extend, extend2)]
     if plan.packed or any(few):
-        if few[0] != few[1] or row.packed_rows != problem.packed_rows:
+        if few[0] != few[1] or _tile_rows(row, plan) != _tile_rows(problem, plan):
             return None
     elif new > OCTAVES_OF_EXTEND:
         return None
     flags: int = sum(getattr(row, name) != getattr(problem, name) for name in PREFERRED_EQUAL)
     return 2 * batch + 2 * new + old + flags
+
+
+def _tile_rows(problem: Problem, plan: Plan) -> int:
+    return max(BLOCK_M_MIN if plan.hopper else BLOCK_MIN, bucket(problem.rows))
 
 
 def _octaves(a: int, b: int) -> int:
