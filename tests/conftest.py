@@ -86,3 +86,16 @@ def mode(request, monkeypatch) -> Mode:
     elif not chosen.gpu:
         monkeypatch.delenv(INTERPRET, raising=False)
     return chosen
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """The workers of ``tune`` answer by themselves and nothing is compiled: set ``times``, read what was ``asked``."""
+    from tuned import Answers
+
+    from extend_attn.bench.tuning import tune
+
+    monkeypatch.setattr(tune, "WorkerProcess", Answers)
+    monkeypatch.setattr(tune, "compile_all", lambda *arguments, **options: None)
+    Answers.asked, Answers.times = [], {}
+    return Answers
