@@ -87,11 +87,12 @@ def test_the_heuristics_follow_the_sweeps():
     """Of the swept problems whose choice was measured, 95 % get a plan at most a tenth slower than the best."""
     device = dataclasses.replace(DeviceSpec.preset("h200"), triton="3.6.0")
     ratios = []
-    for line in (RESULTS / "2026-11-26-h200-evaluate-2.jsonl").read_text().splitlines():
+    lines = [line for path in RESULTS.glob("*-h200-evaluate-*.jsonl") for line in path.read_text().splitlines()]
+    for line in lines:
         swept = evaluation.Outcome.from_json(json.loads(line))
         chosen = select(swept.problem, device, plan="heuristic")
         us = swept.plans.get(str(chosen))
         if us is not None:
             ratios.append(us / swept.best_us)
-    assert len(ratios) >= 180 and max(ratios) < 1.35  # other numbers of splits were not measured
+    assert len(ratios) >= 230 and max(ratios) < 1.25  # other numbers of splits were not measured
     assert sum(ratio <= evaluation.TOLERANCE for ratio in ratios) >= 0.95 * len(ratios)

@@ -43,8 +43,8 @@ def bucket(n: int) -> int:
 
 
 def size_class(n: int) -> int:
-    """``n`` rounded up to one of four sizes an octave: 1 to 8, 10, 12, 14, 16, 20, 24, ... (0 stays 0)."""
-    step = 1 << max(0, (n - 1).bit_length() - 3) if n > 0 else 1
+    """``n`` rounded up to one of four sizes an octave, from 16 on: 0 to 16, 20, 24, 28, 32, 40, ..."""
+    step = 1 << (n - 1).bit_length() - 3 if n > 16 else 1
     return -(-n // step) * step
 
 

@@ -81,8 +81,11 @@ STAGES_MIN_FP8, STAGES_FP8, STAGES_FP8_ROWS = 4, 2, 32
 # they are; 32 of 8000 take 355 and 351. At head dim 128 it cost 3.5 % where lengths were equal. fp8 codes bind the
 # multiprocessors, and so does a wave that is not full: 160 programs of 1780 keys take 38.9 us on an H200 so, 47.8 as
 # they are; of few rows also 696 of 220 (34.0 and 40.1), and where splits leave multiprocessors free 72 of 6428 (44.3
-# and 66.9) and 112 of 6978 (113 and 121), but 104 of 2032 not (43.6 and 39.2).
+# and 66.9) and 112 of 6978 (113 and 121), but 104 of 2032 not (43.6 and 39.2). Several blocks of one sequence's rows
+# are evened out at any head dim, where they fill half of a wave or a little more than one: 6 sequences of 11900 tokens
+# and 399 rows take 262 us so, 355 as they are, 3 of 2778 and 336 rows 36.6 and 43.7.
 EVEN_MIN_KEYS, EVEN_MIN_HEAD_DIM = 2048, 256
+EVEN_BLOCKS_MIN_KEYS, EVEN_BLOCKS_WAVES = 1024, 1.5
 EVEN_MIN_KEYS_FP8, EVEN_MIN_KEYS_FP8_FEW_ROWS, EVEN_MIN_KEYS_FP8_ONE_WAVE = 1024, 192, 4096
 FULL_WAVE = 0.9  # of the multiprocessors: one split
 # Up to so much of a wave blocks of hopper_packed that read the keys again pay, which splits then share: 2 sequences of
@@ -98,7 +101,8 @@ SPLITS_FEW = 8
 SPLIT_MAX = 64
 # Programs of narrow heads and few rows share a multiprocessor; where unsplit ones fill less than half of the GPU they
 # are split for two waves: 3 sequences of 1312 tokens and 16 heads of 64 take 9.4 us on an H200 in 4 splits, 11.6 in 2.
-NARROW_SPLIT_WAVES, NARROW_SPLIT_FILLED = 2, 0.5
+# So are up to one wave of them with more keys: 8 of 3818 take 36 us in 2, 43 in one, but 7 of 709 11.8 and 9.8.
+NARROW_SPLIT_WAVES, NARROW_SPLIT_FILLED, NARROW_SPLIT_KEYS = 2, 0.5, 2048
 # Of hopper_tiled: key tiles of a part at least (1000 new tokens take 21.6 us on an H200 in 2 parts of 8, 24.6 in one),
 # and parts at most.
 MIN_SPLIT_TILES, TILED_SPLIT_MAX = 8, 16
@@ -141,7 +145,8 @@ def preferred_hopper_plan(problem: Problem, device: DeviceSpec) -> Optional[Plan
 
 def _packed_is_faster(problem: Problem, packed: Plan, tiled: Plan, device: DeviceSpec) -> bool:
     """Whether hopper_packed goes before hopper_tiled: rows of a sequence and KV head fit one block, or its blocks leave
-    multiprocessors to splits, or it reads the keys less often, or there are none to read but the new ones.
+    multiprocessors to splits, or it reads the keys less often, or as often in even runs where heads do not pair, or
+    there are none to read but the new ones.
 
     A few tokens without a prefix under a window, which serving does not ask for, run on the prompt's kernel (3 us more)
     rather than on one of their own."""
@@ -153,7 +158,8 @@ def _packed_is_faster(problem: Problem, packed: Plan, tiled: Plan, device: Devic
         return True
     tokens, heads = (ROWS, 2) if tiled.pack_gqa else (tiled.tile.block_m, 1)
     slices = 1 if latent(problem) else tiled_blocks(problem)[3]
-    return blocks < problem.group // heads * slices * -(-problem.max_len_extend // tokens)
+    reads = problem.group // heads * slices * -(-problem.max_len_extend // tokens)
+    return blocks < reads or (blocks == reads and heads == 1 and packed.programs > 0)
 
 
 def _plain_is_faster(problem: Problem, packed: Plan, device: DeviceSpec) -> bool:
@@ -246,6 +252,8 @@ def _even(problem: Problem, tile: Tile, one_wave: bool, waves: float) -> bool:
     if is_fp8(problem):
         least = EVEN_MIN_KEYS_FP8_FEW_ROWS if tile.block_m == BLOCK_M_MIN else EVEN_MIN_KEYS_FP8
         return problem.prefix_hint >= (least if waves > 1 else EVEN_MIN_KEYS_FP8_ONE_WAVE)
+    if problem.rows > tile.block_m and (FREE_WAVE < waves < FULL_WAVE or 1 < waves <= EVEN_BLOCKS_WAVES):
+        return problem.prefix_hint >= EVEN_BLOCKS_MIN_KEYS
     long = problem.num_kv_indices >= EVEN_MIN_KEYS * max(problem.batch_size, 1)
     return one_wave and long and problem.head_dim_qk >= EVEN_MIN_HEAD_DIM
 
@@ -258,13 +266,14 @@ def _too_large(problem: Problem, tile: Tile, stages: int, device: DeviceSpec) ->
 def packed_splits(problem: Problem, device: DeviceSpec, programs: int) -> int:
     """How many share one sequence's keys: one where the ``programs`` that it takes unsplit fill the GPU, or where the
     others would take too few keys off it."""
-    if programs >= FULL_WAVE * device.sm_count:
+    narrow = max(problem.head_dim_qk, problem.head_dim_v) <= NARROW_HEAD_DIM and problem.rows <= FEW_ROWS
+    filled = 1.0 if problem.prefix_hint >= NARROW_SPLIT_KEYS else NARROW_SPLIT_FILLED
+    waves = NARROW_SPLIT_WAVES if narrow and programs < filled * device.sm_count else 1
+    if waves == 1 and programs >= FULL_WAVE * device.sm_count:
         return 1
     longest = problem.longest_prefix
     shortest, few, gain = next(rule[1:] for rule in SPLIT_SHARES if problem.head_dim_qk <= rule[0])
     most = max(longest // shortest, min(longest // few, SPLITS_FEW))
-    narrow = max(problem.head_dim_qk, problem.head_dim_v) <= NARROW_HEAD_DIM and problem.rows <= FEW_ROWS
-    waves = NARROW_SPLIT_WAVES if narrow and programs < NARROW_SPLIT_FILLED * device.sm_count else 1
     splits = max(1, min(waves * device.sm_count // programs, SPLIT_MAX, most))
     return splits if problem.prefix_hint * (splits - 1) >= gain * splits else 1
 
