@@ -116,3 +116,37 @@ def test_a_step_down_replaces_what_is_remembered(mode, monkeypatch):
     call(one), call(one)
     call(case(lengths=[(2, 4), (2, 8)]))
     assert len(refused) == 1 and len(launched) == 4 and set(launched) == {launched[0]} != {refused[0]}
+
+
+class _Bound:
+    """Stands for kernels bound to all but addresses; where there is no GPU none are."""
+
+    needs_rows = False
+
+    def __init__(self, recipe, seen):
+        self.recipe, self.seen = recipe, seen
+
+    def ready(self):
+        return True
+
+    def launch(self, addresses):
+        self.seen.append((self.recipe, addresses))
+
+
+@pytest.fixture
+def bound_launches(monkeypatch):
+    """(recipe, addresses) of every bound launch: the second call of a kind is bound."""
+    seen = []
+    monkeypatch.setattr(attention._launching(), "bind", lambda recipe, checked: _Bound(recipe, seen))
+    return seen
+
+
+@interpreted
+def test_a_call_that_is_verified_launches_what_verify_returns(mode, launches, bound_launches, monkeypatch):
+    """Under capture those are not the call's tensors: a bad index zeroes qo_indptr."""
+    one = case(lengths=[(2, 3)])
+    call(one), call(one)
+    assert len(launches) == len(bound_launches) == 1
+    monkeypatch.setattr(attention, "verify", lambda i: i._replace(qo_indptr=torch.zeros_like(i.qo_indptr)))
+    out = call(one, check=True)
+    assert len(launches) == 2 and len(bound_launches) == 1 and out.isnan().all()

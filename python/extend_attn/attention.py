@@ -257,7 +257,7 @@ def _run(call: calls.Call, plan: PlanLike, tile: TileLike, check: bool) -> Optio
     assert prepared.plan is not None
     if prepared.bound is None and addresses is not None:  # the kernels may have run already, for other lengths
         prepared.bound = launching.bind(prepared.recipe, checked)
-    if prepared.bound and prepared.bound.ready():
+    if prepared.bound and not check and prepared.bound.ready():  # verify may have replaced a tensor
         prepared.bound.launch(addresses)
     else:
         run_plan(prepared.plan, checked, problem, explicit=False, recipe=prepared.recipe)
