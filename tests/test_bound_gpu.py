@@ -98,6 +98,18 @@ def test_repeats_do_not_dispatch(plan, unified, rules, lse, dispatches, monkeypa
 
 
 @pytest.mark.parametrize("plan", FORCED)
+def test_repeats_with_a_named_plan_do_not_dispatch(plan, dispatches):
+    """Each plan has kernels of its own, bound; and so has the default beside it."""
+    one = case(LONG if plan.startswith("tiled") else SMALL)
+    asked = ({"plan": FORCED[plan]}, {"plan": FORCED[plan].to_json()}, {"plan": "sglang", "tile": (32, 32, 4, 1)}, {})
+    for _ in range(4):
+        for named in asked:
+            right(one, return_lse=True, **named)
+    assert {chosen for chosen, *_ in dispatches} >= {FORCED[plan]}
+    assert len(dispatches) <= len(asked)  # a dict and a Plan that say the same share their kernels
+
+
+@pytest.mark.parametrize("plan", FORCED)
 def test_other_lengths_do_not_dispatch_either(plan, dispatches, monkeypatch):
     """Nor do other addresses; each gets its own grid."""
     forced(monkeypatch, FORCED[plan])

@@ -11,12 +11,10 @@ import pytest
 import test_errors
 import torch
 from cases import make_case
-from modes import modes
 
 import extend_attn
 from extend_attn import attention, calls, guards
 from extend_attn import inputs as checks
-from extend_attn.plan.select import forget
 
 FULL = dict(mask="random", mask_prefix=True, window=9, cut=[0, 0], sinks=torch.float32, logit_cap=20.0)
 LENGTHS = [(17, 8), (4, 5)]
@@ -296,102 +294,3 @@ def test_threads_agree():
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-# -- plans and recipes, in the interpreter
-
-interpreted = pytest.mark.parametrize("mode", modes("packed", reference=False, gpu=False), indirect=True)
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """(plan, recipe) of every launch."""
-    seen = []
-    launching = attention._launching()
-    launch = launching.launch
-
-    def watched(plan, inputs, problem, recipe=None):
-        seen.append((plan, recipe))
-        return launch(plan, inputs, problem, recipe)
-
-    monkeypatch.setattr(launching, "launch", watched)
-    return seen
-
-
-@interpreted
-def test_a_repeated_call_is_not_planned_again(mode, launches, monkeypatch):
-    one = case(lengths=[(3, 20), (1, 4)], **{**FULL, "cut": [1, 2]})
-    first = call(one)
-    monkeypatch.setattr(attention, "select", None)
-    again = call(one)
-    assert launches[0][1] is launches[1][1] is not None
-    assert torch.equal(first.nan_to_num(), again.nan_to_num())
-    expected = one.expected.out
-    assert (again[: expected.shape[0]].double() - expected).abs().nan_to_num().max() < 1e-5
-
-
-@interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_plan_with_splits_repeats(mode, launches, monkeypatch, dtype):
-    one = case(lengths=[(2, 300), (1, 150)], dtype=dtype)
-    plan = extend_attn.Plan("packed", extend_attn.Tile(16, 16, 4, 1), split_kv=3)
-    monkeypatch.setattr(attention, "select", lambda *args, **kwargs: plan)
-    first, again = call(one), call(one)
-    assert [p for p, _ in launches] == [plan, plan] and len(launches[1][1].kernels) == 2
-    assert torch.equal(first.nan_to_num(), again.nan_to_num())
-
-
-@interpreted
-def test_the_users_table_and_forget_are_respected(mode, launches, monkeypatch, tmp_path):
-    asked = []
-
-    def select(*args, **kwargs):
-        asked.append(kwargs)
-        return INTERPRETED_PLAN
-
-    monkeypatch.setattr(attention, "select", select)
-    one = case(lengths=[(2, 3)])
-    call(one), call(one)
-    assert len(asked) == 1
-    monkeypatch.setenv("EXTEND_ATTN_TABLE", str(tmp_path / "one.json"))
-    call(one), call(one)
-    assert len(asked) == 2
-    monkeypatch.delenv("EXTEND_ATTN_TABLE")
-    call(one)
-    assert len(asked) == 2
-    forget()
-    call(one)
-    assert len(asked) == 3
-    call(one, plan={"family": "packed"})  # a plan that the caller names is asked about every time, and not kept
-    call(one, plan={"family": "packed"})
-    assert len(asked) == 5
-    call(one)
-    assert len(asked) == 5
-
-
-INTERPRETED_PLAN = extend_attn.Plan("packed", extend_attn.Tile(16, 16, 4, 1))
-
-
-@interpreted
-def test_a_step_down_replaces_what_is_remembered(mode, monkeypatch):
-    """One warning; from then on the smaller plan, for other lengths of the same bucket too."""
-    launching = attention._launching()
-    launched = []
-    launch, refused = launching.launch, []
-
-    def tight(plan, inputs, problem, recipe=None):
-        if not refused or plan == refused[0]:
-            refused.append(plan)
-            raise launching.OutOfResources(1 << 20, 1 << 10, "shared memory")
-        launched.append(plan)
-        return launch(plan, inputs, problem, recipe)
-
-    monkeypatch.setattr(launching, "launch", tight)
-    monkeypatch.setattr(attention, "_stepped_down", {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    one = case(lengths=[(2, 3), (2, 9)])
-    with pytest.warns(UserWarning, match="does not fit"):
-        call(one)
-    call(one), call(one)
-    call(case(lengths=[(2, 4), (2, 8)]))
-    assert len(refused) == 1 and len(launched) == 4 and set(launched) == {launched[0]} != {refused[0]}

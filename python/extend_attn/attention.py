@@ -16,7 +16,7 @@ import functools
 import inspect
 import os
 import warnings
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
@@ -27,8 +27,8 @@ from .devices import device_spec
 from .inputs import Inputs
 from .plan.candidates import step_down
 from .plan.device import DeviceSpec
-from .plan.select import select
-from .plan.tile import Plan, Tile
+from .plan.select import PlanLike, TileLike, select
+from .plan.tile import Plan
 from .problem import Problem
 
 __all__ = [
@@ -39,9 +39,6 @@ __all__ = [
     "prepare",
     "redundant_attention",
 ]
-
-PlanLike = Union[Plan, Mapping[str, Any], str, None]
-TileLike = Union[Tile, Mapping[str, Any], None]
 
 # Tiles that did not fit after all, by (problem key, device): what was found to fit instead.
 _stepped_down: Dict[Tuple[Any, DeviceSpec], Plan] = {}
@@ -137,7 +134,7 @@ def extend_attention_fwd(
             is_causal, k_scale, v_scale, sm_scale, logit_cap, skip_prefix_custom_mask, sliding_window_size,
             xai_temperature_len, return_lse,
         ),
-        plan is None and tile is None and not check,
+        plan, tile, check,
     )  # fmt: skip
     if call is None:
         checked = _inputs.two_stage(
@@ -203,7 +200,7 @@ def extend_attention_fwd_unified(
         max_len_extend,
         max_len_prefix,
         (is_causal, k_scale, v_scale, sm_scale, logit_cap, sliding_window_size, xai_temperature_len, return_lse),
-        plan is None and tile is None and not check,
+        plan, tile, check,
     )  # fmt: skip
     if call is None:
         checked = _inputs.unified(
@@ -242,25 +239,23 @@ def _run(call: calls.Call, plan: PlanLike, tile: TileLike, check: bool) -> Optio
     if check:
         checked = verify(checked)
     device = checked.q.device
+    explicit = plan is not None or tile is not None
     if device.type == "cpu" and not _interpret():
-        if plan is not None or tile is not None:  # refuse what the kernels would refuse
+        if explicit:  # refuse what the kernels would refuse
             _plan(problem, device, plan, tile)
         reference.run(checked)
         return checked.lse
-    if plan is not None or tile is not None:
-        run_plan(_plan(problem, device, plan, tile), checked, problem, explicit=True)
-        return checked.lse
     launching = _launching()
     if prepared.recipe is None:
-        prepared.plan = _plan(problem, device, None, None)
+        prepared.plan = _plan(problem, device, plan, tile)
         prepared.recipe = launching.recipe_of(prepared.plan, checked, problem)
     assert prepared.plan is not None
     if prepared.bound is None and addresses is not None:  # the kernels may have run already, for other lengths
         prepared.bound = launching.bind(prepared.recipe, checked)
-    if prepared.bound and prepared.bound.ready():
+    if prepared.bound and not check and prepared.bound.ready():  # verify may have replaced a tensor
         prepared.bound.launch(addresses)
     else:
-        run_plan(prepared.plan, checked, problem, explicit=False, recipe=prepared.recipe)
+        run_plan(prepared.plan, checked, problem, explicit=explicit, recipe=prepared.recipe)
     return checked.lse
 
 

@@ -6,8 +6,8 @@ enough? aligned? is V a part of K?). So calls of one signature pass the same che
 full. A new check of a new fact in inputs.py needs that fact here: tests/test_errors.py makes each bad call right after
 a good one. Only calls that passed are remembered; one that no signature can be taken of is checked in full.
 
-``Prepared`` is what is known of calls of one signature *and* one set of lengths, down to its kernels, which then need
-nothing but the call's addresses. Nothing here holds a tensor.
+``Prepared`` is what is known of calls of one signature *and* one set of lengths that ask for the same plan (most for
+none), down to its kernels, which then need nothing but the call's addresses. Nothing here holds a tensor.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import torch
 from . import inputs as _inputs
 from .guards import Guard, guard_of
 from .inputs import ALIGNMENT, Inputs
-from .plan.select import on_forget
+from .plan.select import PlanLike, TileLike, frozen, on_forget
 from .plan.tables import ENVIRONMENT
 from .plan.tile import Plan
 from .problem import Problem
 
 # Past one of these limits what is remembered is dropped and found anew. Scales and windows are part of a signature.
 MAX_SIGNATURES = 512  # layers that differ x phases (prefill, decode, verify)
-MAX_LENGTHS = 64  # of one signature
+MAX_LENGTHS = 64  # of one signature, each with each plan that is asked for
 MAX_GUARDS = 4  # of calls that differ in tensors alone; each takes 1 us to ask
 
 
 class Prepared:
-    """One call's problem; then its plan (the default one, not one that a caller names), what that launches, and those
-    kernels bound to all but addresses (kernels/bound.py; False where they can't be)."""
+    """One call's problem; then its plan once it is found to be legal, what that launches, and those kernels bound to
+    all but addresses (kernels/bound.py; False where they can't be)."""
 
     __slots__ = ("bound", "plan", "problem", "recipe")
 
@@ -51,7 +51,8 @@ Call = Tuple[Prepared, Optional[Inputs], Optional[tuple], Optional[torch.Tensor]
 
 
 class _Known(NamedTuple):
-    """What a signature stands for: a problem, the last fields of Inputs as they were resolved, calls by lengths."""
+    """What a signature stands for: a problem, the last fields of Inputs as they were resolved, calls by lengths and
+    plan asked for."""
 
     problem: Problem
     scalars: tuple
@@ -83,11 +84,12 @@ on_forget(forget)
 
 
 class Likeness(NamedTuple):
-    """What a call that passes is remembered by: its signature, and its kind, which leads to guards."""
+    """What a call that passes is remembered by: its signature, its kind, which leads to guards, the plan asked for."""
 
     signature: tuple
     kind: tuple
     tensors: tuple
+    asked: Optional[tuple]
 
 
 def first(likeness: Optional[Likeness], checked: Inputs) -> Call:
@@ -101,7 +103,7 @@ def first(likeness: Optional[Likeness], checked: Inputs) -> Call:
         scalars = checked[Inputs._fields.index("sm_scale") :]
         lengths = (
             problem.batch_size, problem.num_tokens, problem.max_len_extend, problem.num_kv_indices,
-            problem.max_len_prefix, _slots(checked.k_pool), _table_in_environment(_TABLE),
+            problem.max_len_prefix, _slots(checked.k_pool), _table_in_environment(_TABLE), likeness.asked,
         )  # fmt: skip
         has_window, has_lse = checked.sliding_window > 0, checked.lse is not None
         known = _Known(problem, scalars, has_window, has_lse, {lengths: prepared})
@@ -111,13 +113,21 @@ def first(likeness: Optional[Likeness], checked: Inputs) -> Call:
 
 
 def repeated(
-    is_unified: bool, tensors: tuple, max_len_extend: Any, max_len_prefix: Any, scalars: tuple, launchable: bool
+    is_unified: bool,
+    tensors: tuple,
+    max_len_extend: Any,
+    max_len_prefix: Any,
+    scalars: tuple,
+    plan: PlanLike,
+    tile: TileLike,
+    check: bool,
 ) -> Tuple[Optional[Likeness], Optional[Call]]:
     """(what ``first`` remembers the call by, None if by nothing; the call, None unless one like it passed before).
 
     ``tensors`` are unchecked, in the order of Inputs; ``scalars`` are all other arguments that are checked, the same
-    ones in each call of a function. ``launchable``: nothing but the default plan is asked for, so that a bound call
-    needs no more than addresses. No check is made here, and nothing on the device is touched.
+    ones in each call of a function. ``plan`` and ``tile`` are unchecked too: one that is not legal has no bound call.
+    ``check``: the contents of tensors will be looked at, so that addresses are not enough. No check is made here, and
+    nothing on the device is touched.
     """
     if type(max_len_extend) is not int or max_len_extend < 0:
         return None, None
@@ -128,8 +138,10 @@ def repeated(
         q_positions,
     ) = tensors  # fmt: skip
     known: Optional[_Known] = None
-    guard = None
+    guard = asked = None
     try:
+        if plan is not None or tile is not None:
+            asked = (frozen(plan), frozen(tile))
         alone = prefix_lens is mask is mask_indptr is sinks is offsets is q_positions is None
         there = None if alone else tuple([t is None for t in tensors])
         # types before values: 1 == 1.0 == True, and an odd type's == must not be called
@@ -148,7 +160,7 @@ def repeated(
             signature = (is_unified, *facts, *kind)
             known = _known.get(signature)
             if known is None:
-                return Likeness(signature, kind, tensors), None
+                return Likeness(signature, kind, tensors, asked), None
             guard = None  # a new one is worth its while
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return None, None  # something that is no tensor, has not these dimensions, cannot be hashed
@@ -157,6 +169,7 @@ def repeated(
     slots = tensors[4].shape[0] if is_unified or num_indices else 0
     lengths = (
         batch_size, num_tokens, max_len_extend, num_indices, max_len_prefix, slots, _table_in_environment(_TABLE),
+        asked,
     )  # fmt: skip
     prepared = known.prepared.get(lengths)
     if prepared is None:
@@ -180,7 +193,7 @@ def repeated(
     addresses = (
         *at, qo_indptr.data_ptr(), kv_indptr.data_ptr(), kv_indices.data_ptr(), *others_at, k_rows, v_rows, None,
     )  # fmt: skip
-    if launchable and bound and bound.ready():
+    if bound and not check and bound.ready():
         return None, (prepared, None, addresses, lse)
     pool = tensors[4:6] if is_unified or num_indices else (None, None)
     checked = Inputs._make((

@@ -50,13 +50,13 @@ def select(
     nothing is.
     """
     key: Tuple[Any, ...] = (problem.key(), device, os.environ.get(tables.ENVIRONMENT))
-    if plan is not None or tile is not None or table is not None:
-        # SGLang's rule has a border inside a bucket of batch sizes
-        border = plan in ("sglang", "sglang-legacy") and problem.batch_size >= VERIFY_MIN_BATCH
-        key = (*key, _frozen(plan), _frozen(tile), table, border)
     try:
+        if plan is not None or tile is not None or table is not None:
+            # SGLang's rule has a border inside a bucket of batch sizes
+            border = plan in ("sglang", "sglang-legacy") and problem.batch_size >= VERIFY_MIN_BATCH
+            key = (*key, frozen(plan), frozen(tile), table, border)
         found = _cache.get(key)
-    except TypeError:  # an argument that cannot be hashed: no plan looks like that, so this raises what is wrong
+    except TypeError:  # hardly a plan, so this raises what is wrong
         return _choose(problem, device, plan, tile, table)
     if found is None:
         found = _choose(problem, device, plan, tile, table)
@@ -148,8 +148,22 @@ def measured(problem: Problem, device: DeviceSpec, table: Optional[str] = None) 
             yield from found.matches(problem, device)
 
 
-def _frozen(value: Any) -> Any:
-    """A hashable stand-in for an argument."""
-    if isinstance(value, Mapping):
-        return tuple((name, _frozen(item)) for name, item in value.items())
-    return tuple(value) if isinstance(value, list) else value
+_ALONE = frozenset({str, Plan, Tile, type(None)})  # immutable, and equal to nothing of another type
+_NUMBERS = frozenset({bool, int, float})  # 1 == 1.0 == True, but not every one of them is a number of splits
+
+
+def frozen(value: Any) -> Any:
+    """What ``plan`` or ``tile`` says now, to be remembered by: hashable, and equal only for what is taken alike.
+
+    TypeError for types that plans are not written in; what such a value says may change while it looks the same.
+    """
+    kind = type(value)
+    if kind in _ALONE:
+        return value
+    if kind in _NUMBERS:
+        return kind, value
+    if kind is dict or isinstance(value, Mapping):
+        return (dict, *[(frozen(name), frozen(item)) for name, item in value.items()])
+    if isinstance(value, (list, tuple)):
+        return (tuple, *map(frozen, value))
+    raise TypeError(f"{kind.__name__}: no part of a plan")
