@@ -8,25 +8,15 @@ import copy
 import pytest
 import torch
 from modes import modes
-from test_host import FULL, call, case, known
+from test_host import FULL, call, case, known, nothing_remembered  # noqa: F401 (autouse here too)
 
-from extend_attn import attention, calls, guards
+from extend_attn import attention, calls
 from extend_attn.devices import device_spec
 from extend_attn.inputs import Inputs
 from extend_attn.plan import Plan, Tile
 from extend_attn.plan.select import forget, select
 
 interpreted = pytest.mark.parametrize("mode", modes("packed", reference=False, gpu=False), indirect=True)
-
-
-@pytest.fixture(autouse=True, params=["guards", "signatures"])
-def nothing_remembered(request, monkeypatch):
-    """As in test_host.py."""
-    if request.param == "signatures":
-        monkeypatch.setattr(guards, "_TensorGuards", None)
-    calls.forget()
-    yield
-    calls.forget()
 
 
 @pytest.fixture
