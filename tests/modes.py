@@ -78,13 +78,16 @@ KERNELS: Dict[str, Dict[str, Any]] = {
     "packed": {"family": "packed", "split_kv": 1},
     "packed_split3": {"family": "packed", "split_kv": 3},
 }
-# The Gluon twins: every test that runs on a GPU through one of KERNELS also runs through its twin, where that is legal.
+# The Gluon twins: every test that runs on a GPU through one of KERNELS also runs through its twins, where legal.
 HOPPER: Dict[str, Dict[str, Any]] = {
     "hopper_tiled": {"family": "hopper_tiled", "pack_gqa": False},
     "hopper_tiled_gqa": {"family": "hopper_tiled", "pack_gqa": True},
+    "hopper_tiled_gather": {"family": "hopper_tiled", "gather": True},
     "hopper_packed": {"family": "hopper_packed", "split_kv": 1},
     "hopper_packed_split3": {"family": "hopper_packed", "split_kv": 3},
 }
+TWINS = {name: [f"hopper_{name}"] for name in KERNELS}
+TWINS["tiled"].append("hopper_tiled_gather")
 REFERENCE = Mode("reference")
 INTERPRETED = {
     name: Mode(f"{name}-interpreted", "cpu", {**plan, "tile": {"block_m": 16, "block_n": block_n, "num_stages": 1}})
@@ -105,6 +108,6 @@ def modes(*kernels: str, reference: bool = True, interpreted: bool = True, gpu: 
     if interpreted:
         params += [pytest.param(f"{name}-interpreted") for name in kernels or USUALLY_INTERPRETED]
     if gpu:
-        named = [name for plain in kernels or USUALLY_ON_GPU for name in (plain, f"hopper_{plain}")]
+        named = [name for plain in kernels or USUALLY_ON_GPU for name in (plain, *TWINS[plain])]
         params += [pytest.param(f"{name}-gpu", marks=pytest.mark.gpu) for name in named]
     return params

@@ -161,14 +161,21 @@ def test_descriptors_of_other_calls():
         taken.append(descriptor)
         return [descriptor, 7]
 
+    own = [torch.zeros(8), torch.zeros(rows * heads * dim, dtype=torch.bfloat16)]
+
     def described(base, shape, block=()):
-        return bound._Descriptor(Descriptor(base, shape, list(block)), one, apart)
+        return bound._Descriptor(Descriptor(base, shape, list(block)), one, own, apart)
 
     of_rows = described(one.k_new, [rows, heads, dim], [16, 1, dim])
-    addresses = [0] * 20
+    addresses = [0] * (bound._NONE + 3)
     addresses[1], addresses[bound._ROWS["k_new"]] = 4096, rows + 9
     made, seven = of_rows.pieces(tuple(addresses))
     assert of_rows.rows and made.shape == [rows + 9, heads, dim] and made.base.data_ptr() == 4096 and seven == 7
+    of_workspace = described(own[1].view(rows, heads, dim), [1 << 30, 0x7FFF0000, heads, dim])
+    addresses[bound._NONE + 2] = 12288
+    assert of_workspace.rows is None and of_workspace.pieces(tuple(addresses))[0].base.data_ptr() == 12288
+    with pytest.raises(bound.Unbindable, match="no workspace"):
+        described(torch.zeros(4, heads, dim), [1 << 30, 0x7FFF0000, heads, dim])
     ragged = described(one.k_new, [1 << 30, 0x7FFF0000, heads, dim], [1, 16, 1, dim])
     assert ragged.rows is None and ragged.pieces(tuple(addresses))[0].shape == [1 << 30, 0x7FFF0000, heads, dim]
     del taken[:]

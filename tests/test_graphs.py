@@ -311,6 +311,7 @@ HOPPER = {
     "pdl": {"family": "packed", "split_kv": 3, "pdl": True},
     "pdl_tiled": {"family": "hopper_tiled", "split_kv": 1, "pdl": True},
     "pdl_tiled_split": {"family": "hopper_tiled", "split_kv": 3, "pdl": True},
+    "pdl_gather": {"family": "hopper_tiled", "gather": True, "split_kv": 3, "pdl": True},
 }
 
 

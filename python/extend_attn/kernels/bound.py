@@ -88,7 +88,7 @@ class Bound:
         if self._workspaces:
             values += addresses_of(self._workspaces, self._device, stream, self._token)
         for descriptor in self._descriptors:
-            values += descriptor.pieces(addresses)
+            values += descriptor.pieces(values)
         for launch, grid, head, pick, numbers, one_tuple in self._launches:
             if one_tuple:
                 launch(*grid, stream, *head, (*pick(values), *numbers))
@@ -132,7 +132,7 @@ def bind(recipe: Recipe, inputs: Inputs) -> Union[Bound, None, bool]:
                 if _is_descriptor(argument):
                     if handle.apart is None:
                         raise Unbindable(f"{name}: a descriptor that only Triton's own dispatch takes apart")
-                    one = _Descriptor(argument, inputs, functools.partial(handle.apart, described))
+                    one = _Descriptor(argument, inputs, own, functools.partial(handle.apart, described))
                     descriptors.append(one)
                     described += 1
                     pieces = len(one.apart(argument))
@@ -179,19 +179,22 @@ class _Address:
 
 
 class _Descriptor:
-    """What a kernel is passed for a descriptor of another call's tensor, made from one that passed its constructor's
-    checks. ``rows``: where a call's rows are, if the first dim is its tensor's rows; the query's are the same in all
-    calls of a Prepared, those of other tensors need not be. ``apart`` (launchers.py) encodes a descriptor; that takes
-    as long as a launch, so that the pieces are kept by address."""
+    """What a kernel is passed for a descriptor of another call's tensor or workspace, made from one that passed its
+    constructor's checks. ``rows``: where a call's rows are, if the first dim is its tensor's rows; the query's are the
+    same in all calls of a Prepared, those of other tensors need not be. ``apart`` (launchers.py) encodes a descriptor;
+    that takes as long as a launch, so that the pieces are kept by address."""
 
     __slots__ = ("apart", "rows", "_fields", "_kept", "_kind", "_shape", "_slot")
 
-    def __init__(self, like: Any, inputs: Inputs, apart: Callable[[Any], Sequence[Any]]) -> None:
+    def __init__(
+        self, like: Any, inputs: Inputs, own: Sequence[torch.Tensor], apart: Callable[[Any], Sequence[Any]]
+    ) -> None:
         name = next((name for name in _DESCRIBED if like.base is getattr(inputs, name)), None)
-        if name is None or not hasattr(like, "__dict__"):
-            raise Unbindable(f"a descriptor of {type(like.base).__name__}: not of q, k, v, the key pool or output")
+        memory = [i for i, tensor in enumerate(own) if like.base.data_ptr() == tensor.data_ptr()]
+        if not (name or memory) or not hasattr(like, "__dict__"):
+            raise Unbindable(f"a descriptor of {type(like.base).__name__}: of no tensor of the call and no workspace")
         self.apart, self._kind, self._fields, self._shape = apart, type(like), dict(like.__dict__), list(like.shape)
-        self._slot = _SLOTS[name]
+        self._slot = _SLOTS[name] if name else _NONE + 1 + memory[0]
         self.rows = _ROWS[name] if name in _ROWS and self._shape[0] == like.base.shape[0] else None
         self._kept: Dict[Any, tuple] = {}
         inner = {*like.base.shape} if name == "q" else {*like.base.shape[1:]}

@@ -83,14 +83,14 @@ def _extend_tensors(
     if mask is not None:
         mask = mask.view(torch.uint8)
     return [
-        q, k_new, v_new, o, _pool(k_pool), _pool(v_pool), k_desc, v_desc,
+        q, k_new, v_new, o, pool_of(k_pool), pool_of(v_pool), k_desc, v_desc,
         qo_indptr, kv_indptr, kv_indices, prefix_lens, mask, mask_indptr,
         sinks, window_offsets, q_positions, lse, partial, partial_ml,
     ]  # fmt: skip
 
 
-def _pool(t: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-    """The pool as the kernel reads it (see fp8.py): codes as bytes where Triton's conversion is missing or wrong.
+def pool_of(t: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    """The pool as a plain kernel reads it (see fp8.py): codes as bytes where Triton's conversion is missing or wrong.
 
     Its e5m2 to bf16 turns Inf and NaN codes into numbers (seen with 3.6 on sm_90).
     """

@@ -94,6 +94,8 @@ def illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
         return hopper_illegal(problem, plan, device)
     if plan.programs:
         return f"programs: {plan.programs}; only hopper_packed shares all sequences' keys evenly"
+    if plan.gather:
+        return "gather: only hopper_tiled reads prefixes that were gathered ahead"
     if tile.block_m < BLOCK_MIN:
         return f"block_m: {tile.block_m}; the plain Triton families take {BLOCK_MIN} rows and more"
     if plan.packed:

@@ -104,6 +104,8 @@ def _packed_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optiona
     tile = plan.tile
     if plan.pack_gqa:
         return "pack_gqa: a flag of the tiled families; the packed ones always pack"
+    if plan.gather:
+        return "gather: the packed families read each key once, or few times"
     if plan.programs and plan.split_kv > 1:
         return f"programs: {plan.programs} beside split_kv {plan.split_kv}; keys are shared in one way or the other"
     if plan.programs and problem.sliding_window > 0:

@@ -22,6 +22,7 @@ MASK_KEYS_MAX = 64  # keys of a tile: a mask's bytes take a register each from l
 FP8_HEAD_DIM_MAX = 256
 RING_SLOTS = 3  # of one ring for keys and values: two in use, one on its way
 CODE_TILES = 3  # tiles of fp8 codes on their way: one is converted, two are copied
+GATHERED_BYTES_MAX = 1 << 30  # of a call's gathered prefixes
 SHARED_MEMORY = 232448  # bytes of a block on sm_90
 # Bytes of 50 MB of L2, and items (multiprocessors): 16 chunks of 1024 at head dim 256 take 144 us in one section on an
 # H200, 133 in four; sections of half the size gain no more.
@@ -106,7 +107,10 @@ def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[
         return f"registers: {held} a thread for logits, weights and accumulator; there are {most} to hold them"
     if problem.custom_mask and tile.block_n > MASK_KEYS_MAX:
         return f"block_n: {tile.block_n}; beside a mask's bytes registers hold the logits of {MASK_KEYS_MAX} keys"
-    reason = _not_served(problem)
+    reason = _no_gather(problem) if plan.gather else None
+    if reason:
+        return f"gather: {reason}"
+    reason = _not_served(problem, plan)
     if reason:
         return f"hopper_tiled: {reason}"
     needed = tiled_shared_memory(problem, plan)
@@ -130,8 +134,30 @@ def _takes_two(problem: Problem, plan: Plan) -> Optional[str]:
     return None
 
 
-def _not_served(problem: Problem) -> Optional[str]:
-    if problem.kv_dtype != problem.dtype and max(problem.head_dim_qk, problem.head_dim_v) > FP8_HEAD_DIM_MAX:
+def gathered_bytes(problem: Problem) -> int:
+    """Device memory that the gathered prefixes of a call take."""
+    dims = problem.head_dim_qk + problem.head_dim_v
+    return problem.num_kv_indices * problem.num_kv_heads * dims * ELEMENT_SIZE[problem.dtype]
+
+
+def _no_gather(problem: Problem) -> Optional[str]:
+    """Why the prefixes can't be gathered ahead, or None if they can."""
+    if not problem.has_pool:
+        return "there is no prefix"
+    if problem.unified:
+        return "a unified call's list holds new tokens too"
+    if latent(problem):
+        return "values are the front of latent keys, which are read once as both"
+    if problem.sliding_window > 0 or problem.mask_prefix:
+        return "rows that no token sees, behind a window or a mask, would be read"
+    if gathered_bytes(problem) > GATHERED_BYTES_MAX:
+        return f"{gathered_bytes(problem)} bytes of prefixes; at most {GATHERED_BYTES_MAX} are kept"
+    return None
+
+
+def _not_served(problem: Problem, plan: Plan) -> Optional[str]:
+    codes = problem.kv_dtype != problem.dtype and not plan.gather
+    if codes and max(problem.head_dim_qk, problem.head_dim_v) > FP8_HEAD_DIM_MAX:
         return f"kv_dtype: {problem.kv_dtype} is converted up to head dim {FP8_HEAD_DIM_MAX}; wider, a KiB spills"
     if problem.num_tokens > MAX_ROWS:
         return f"num_tokens: {problem.num_tokens}; a descriptor addresses {MAX_ROWS} rows"
@@ -176,7 +202,7 @@ def _bytes(problem: Problem, plan: Plan, queries: int) -> int:
     columns, chunks, block_dv, slices = tiled_blocks(problem)
     keys = columns * chunks
     scratch = 0 if slices > 1 or (queries > 1 and problem.out_dtype == problem.dtype) else LAYOUT_SCRATCH
-    if problem.has_pool and problem.kv_dtype != problem.dtype:
+    if problem.has_pool and problem.kv_dtype != problem.dtype and not plan.gather:
         scratch += CODE_TILES * plan.tile.block_n * code_columns(problem)
     if latent(problem):
         elements = (ROWS + plan.tile.num_stages * plan.tile.block_n) * (keys + LATENT_REST)

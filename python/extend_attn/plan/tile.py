@@ -79,8 +79,9 @@ class Plan:
     (hopper_packed), if > 0: so many programs share the keys of all sequences evenly instead, whatever their lengths.
     ``pack_gqa`` (tiled) puts the query heads of a KV head into one tile's rows. ``tma`` (tiled, sm_90+) loads the
     contiguous new K/V through TMA descriptors. ``pdl`` (sm_90+): a kernel is launched before the one ahead of it
-    ends, and waits on the device: the combine kernel, and in the Hopper families the attention kernel. ``source``
-    says who chose this plan; it takes no part in comparisons.
+    ends, and waits on the device: the combine kernel, and in the Hopper families the attention kernel. ``gather``
+    (hopper_tiled): a kernel ahead copies the prefixes out of the pool, once, into contiguous rows. ``source`` says who
+    chose this plan; it takes no part in comparisons.
     """
 
     family: str
@@ -90,6 +91,7 @@ class Plan:
     tma: bool = False
     pdl: bool = False
     programs: int = 0
+    gather: bool = False
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -103,7 +105,7 @@ class Plan:
         _integer("programs", self.programs)
         if not 0 <= self.programs <= PROGRAMS_MAX:
             raise ValueError(f"programs: got {self.programs}; allowed are 0 to {PROGRAMS_MAX}")
-        for name in ("pack_gqa", "tma", "pdl"):
+        for name in ("pack_gqa", "tma", "pdl", "gather"):
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; it is a flag, True or False")
         if not isinstance(self.source, str):
@@ -125,7 +127,7 @@ class Plan:
             parts.append(f"split {self.split_kv}")
         if self.programs:
             parts.append(f"even {self.programs}")
-        parts += [name for name in ("pack_gqa", "tma", "pdl") if getattr(self, name)]
+        parts += [name for name in ("pack_gqa", "tma", "pdl", "gather") if getattr(self, name)]
         return " ".join(parts)
 
     def to_json(self) -> Dict[str, Any]:

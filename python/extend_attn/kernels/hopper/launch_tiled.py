@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
@@ -27,6 +27,7 @@ from ...plan.legality_hopper_tiled import (
 from ...plan.tile import Plan
 from ...problem import Problem
 from ..compat import launch_options
+from ..launch_gather import gather_before, gather_tensors
 from ..recipe import Recipe, features, kernel, scalars, strides
 from ..workspace import Workspace
 from .launch_packed import FP8_CODES, PATIENCE, codes_of, mask_bytes, multiprocessors
@@ -63,8 +64,9 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     split = parts > 1
     on = features(inputs, problem)
     on["CAUSAL"] = on["CAUSAL"] and not on["MASK"]
-    gather = on["HAS_POOL"] or on["MASK"]
-    fp8 = FP8_CODES.get(problem.kv_dtype, 0) if on["HAS_POOL"] else 0
+    gathered = plan.gather and on["HAS_POOL"]
+    gather = (on["HAS_POOL"] and not gathered) or on["MASK"]
+    fp8 = FP8_CODES.get(problem.kv_dtype, 0) if on["HAS_POOL"] and not gathered else 0
     most, registers = REGISTERS[consumers]
     if fp8 or on["MASK"]:
         registers = FP8_REGISTERS
@@ -122,12 +124,16 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     if on["HAS_POOL"] and latent(problem) and not on["MASK_PREFIX"]:  # elsewhere looking costs more
         runs = keys, PANEL
     tensors = functools.partial(_tensors, boxes, runs)
-    if not split:
-        return Recipe((tiled,), tensors)
-    tiles = row_blocks * blocks * problem.batch_size * problem.num_q_heads * slices
-    rows = tiles * parts * ROWS
-    results = Workspace("partial", rows * block_dv), Workspace("partial_ml", rows * 2)
-    return Recipe((tiled,), tensors, (*results, Workspace("arrivals", tiles, torch.int32, zeroed=True)))
+    own: Tuple[Workspace, ...] = ()
+    if split:
+        tiles = row_blocks * blocks * problem.batch_size * problem.num_q_heads * slices
+        rows = tiles * parts * ROWS
+        own = Workspace("partial", rows * block_dv), Workspace("partial_ml", rows * 2)
+        own = (*own, Workspace("arrivals", tiles, torch.int32, zeroed=True))
+    if not gathered:
+        return Recipe((tiled,), tensors, own)
+    first, prefixes = gather_before(plan, inputs, problem, programs)
+    return Recipe((first, tiled), functools.partial(_tensors_of_gathered, boxes), (*prefixes, *own))
 
 
 _FEATURES = (
@@ -140,17 +146,40 @@ Runs = Optional[Tuple[int, int]]  # and of those of the pool's keys
 
 
 def _tensors(boxes: Boxes, runs: Runs, i: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
-    """With ``numbers`` above, the one place that knows the order of tiled_kernel's arguments."""
+    return (_tiled_tensors(boxes, runs, (), i, *parts),)
+
+
+def _tensors_of_gathered(boxes: Boxes, i: Inputs, *own: torch.Tensor) -> Tuple[List[object], ...]:
+    return gather_tensors(i, *own[:2]), _tiled_tensors(boxes, None, own[:2], i, *own[2:])
+
+
+def _tiled_tensors(
+    boxes: Boxes, runs: Runs, prefixes: Sequence[torch.Tensor], i: Inputs, *parts: torch.Tensor
+) -> List[object]:
+    """With ``numbers`` above, the one place that knows the order of tiled_kernel's arguments. ``prefixes``: keys and
+    values that were gathered."""
     partial, partial_ml, arrivals = parts or (None, None, None)
+    k_prefix = v_prefix = None
+    if prefixes:  # in the boxes of new tokens
+        k_prefix, v_prefix = (
+            ragged_descriptor(rows_like(pool, t), *box)
+            for pool, t, box in zip((i.k_pool, i.v_pool), prefixes, boxes[1:3])
+        )
     rows = [i.q if t is None else t for t in (i.q, i.k_new, i.v_new, i.o)]  # a unified call has no new ones: never used
-    tensors = [
+    return [
         *(None if box is None else ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
         None if runs is None else run_descriptor(i.k_pool, *runs),
-        i.v_new, codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse, i.qo_indptr, i.kv_indptr, i.kv_indices,
-        i.prefix_lens, mask_bytes(i), i.mask_indptr, i.sinks, i.window_offsets, i.q_positions, partial, partial_ml,
-        arrivals,
+        k_prefix, v_prefix, i.v_new, codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse, i.qo_indptr, i.kv_indptr,
+        i.kv_indices, i.prefix_lens, mask_bytes(i), i.mask_indptr, i.sinks, i.window_offsets, i.q_positions, partial,
+        partial_ml, arrivals,
     ]  # fmt: skip
-    return (tensors,)
+
+
+def rows_like(pool: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """Flat ``memory`` as contiguous rows [indices, heads, dim] of the pool's heads and dims."""
+    heads, dim = pool.shape[1:]
+    rows = memory.numel() // (heads * dim)
+    return memory[: rows * heads * dim].view(rows, heads, dim)
 
 
 def ragged_descriptor(t: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:

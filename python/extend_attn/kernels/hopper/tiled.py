@@ -205,10 +205,11 @@ UNALIGNED = [
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def tiled_kernel(
-    q_desc, k_desc, v_desc, o_desc, k_runs, v_new, k_pool, v_pool, o, lse, qo_indptr, kv_indptr, kv_indices,
-    prefix_lens, custom_mask, mask_indptr, sinks, window_offsets, q_positions, partial, partial_ml, arrivals, stride_ks,
-    stride_kg, stride_vs, stride_vg, stride_vt, stride_vh, stride_ot, stride_oh, patience, batch_size, row_blocks,
-    splits, sections, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len, log2_temperature_len,
+    q_desc, k_desc, v_desc, o_desc, k_runs, k_prefix, v_prefix, v_new, k_pool, v_pool, o, lse, qo_indptr, kv_indptr,
+    kv_indices, prefix_lens, custom_mask, mask_indptr, sinks, window_offsets, q_positions, partial, partial_ml,
+    arrivals, stride_ks, stride_kg, stride_vs, stride_vg, stride_vt, stride_vh, stride_ot, stride_oh, patience,
+    batch_size, row_blocks, splits, sections, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len,
+    log2_temperature_len,
     CONSUMERS: gl.constexpr, NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr,
     K_CHUNKS: gl.constexpr, BLOCK_DV: gl.constexpr, V_SLICES: gl.constexpr, QUERIES: gl.constexpr,
@@ -224,9 +225,11 @@ def tiled_kernel(
     if PDL:
         gdc_launch_dependents()
     RUNS: gl.constexpr = k_runs is not None
+    GATHERED: gl.constexpr = k_prefix is not None
+    FROM_POOL: gl.constexpr = HAS_POOL and not GATHERED
     COPIES: gl.constexpr = MASK and not UNIFIED  # new values come one by one too
     # a gathered slot is filled by all threads of the producer
-    ARRIVALS: gl.constexpr = 32 * PRODUCER_WARPS if HAS_POOL or COPIES else 1
+    ARRIVALS: gl.constexpr = 32 * PRODUCER_WARPS if FROM_POOL or COPIES else 1
     OFFSETS: gl.constexpr = window_offsets is not None
     BY_POSITION: gl.constexpr = WINDOW and Q_POSITIONS
     SHARE: gl.constexpr = PARTS if LATENT else 1  # consumers that share a tile's scores
@@ -235,8 +238,8 @@ def tiled_kernel(
     c = Shape(
         CONSUMERS, NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 or LATENT else CONSUMERS * ROWS,
         HEAD_DIM, HEAD_DIM_V, BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, QUERIES, ONE_RING, STAGED, LATENT,
-        APART, SPLIT, PDL, HAS_POOL, (HAS_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW, MASK,
-        MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK, OFFSETS, LSE,
+        APART, SPLIT, PDL, HAS_POOL, GATHERED, (FROM_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW,
+        MASK, MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK, OFFSETS, LSE,
         V_SCALED, NEGATE, 0.0 if V_SCALED and q_desc.dtype == gl.float16 else SLACK, BLOCK_DV <= PAIRED_MAX,
         gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]), O, gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip
@@ -255,6 +258,8 @@ def tiled_kernel(
         o if v_new is None else v_new, kv_indices, gl.to_tensor(stride_ks), gl.to_tensor(stride_kg),
         gl.to_tensor(stride_vs), gl.to_tensor(stride_vg), gl.to_tensor(stride_vt), gl.to_tensor(stride_vh),
         k_runs if RUNS else q_desc,
+        k_prefix if GATHERED else q_desc,
+        v_prefix if GATHERED else q_desc,
     )  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, K_COLUMNS], dtype)
@@ -281,7 +286,7 @@ def tiled_kernel(
         barriers(K_STAGES * SHARE, ARRIVALS), barriers(K_STAGES * SHARE, CONSUMERS), K_STAGES * SHARE,
     )  # fmt: skip
     pool_slots = q_slots
-    if HAS_POOL and not (LATENT or FP8):
+    if FROM_POOL and not (LATENT or FP8):
         pool_slots = gl.allocate_shared_memory(gl.int32, [2, BLOCK_N], WORDS)
     v_ring = k_ring
     if not ONE_RING:

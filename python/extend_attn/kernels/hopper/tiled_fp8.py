@@ -15,7 +15,7 @@ from .tiled_gather import slots_of
 from .tiled_masks import some_row_sees
 from .tiled_producer import load_keys, load_query, new_values
 from .tiled_schedule import announce, announce_first, announced, search_at
-from .tiled_work import key_place, tiles_of, value_place
+from .tiled_work import key_place, new_tokens, tiles_of, value_place
 
 CODE_TILES = gl.constexpr(3)  # places for tiles of codes
 
@@ -84,7 +84,9 @@ def produce_fp8(sources, call, memory, staged, ARRIVALS: gl.constexpr, c):
                     async_copy.wait_group(2)
                     _put_keys(keys, memory.k_ring, keys_at, ARRIVALS, c)
                 else:
-                    load_keys(sources.k, item, tiles.new_hi - 1 - t, head, memory.k_ring, keys_at, ARRIVALS, c)
+                    load_keys(
+                        sources.k, new_tokens(item), tiles.new_hi - 1 - t, head, memory.k_ring, keys_at, ARRIVALS, c
+                    )
             if _pooled(tiles, t, c):
                 exists = slots
                 if c.MASK_PREFIX:

@@ -19,13 +19,13 @@ from .gluon_compat import struct, tma_load
 from .tiled_gather import gather, gather_slots, piece_of, slots_of
 from .tiled_masks import some_row_sees
 from .tiled_schedule import announce, announce_first, announced, search_at
-from .tiled_work import ROWS, box_at, key_place, tiles_of, value_place
+from .tiled_work import ROWS, Stretch, box_at, box_of, key_place, new_tokens, tiles_of, value_place
 
 
 @struct
 class Sources:
     """Where rows come from: ragged descriptors of q, k and v, the pools [slots, heads, dim] and the slots' numbers; v
-    once more, for rows that a mask may hide."""
+    once more, for rows that a mask may hide; descriptors of runs in the key pool and, ragged, of gathered prefixes."""
 
     q: tma.tensor_descriptor
     k: tma.tensor_descriptor
@@ -41,15 +41,17 @@ class Sources:
     stride_vt: gl.tensor
     stride_vh: gl.tensor
     k_runs: tma.tensor_descriptor
+    k_prefix: tma.tensor_descriptor
+    v_prefix: tma.tensor_descriptor
 
 
 @gluon.jit
-def load_box(desc, item, row, head, column, barrier, destination, bytes: gl.constexpr, arrivals: gl.constexpr):
-    """Rows ``row``.. of the item's sequence, zeros past its end. ``arrivals``: what completes the barrier."""
+def load_box(desc, rows, row, head, column, barrier, destination, bytes: gl.constexpr, arrivals: gl.constexpr):
+    """Those from ``row`` on of a Stretch, zeros past its end. ``arrivals``: what completes the barrier."""
     if arrivals > 1:
         mbarrier.arrive(barrier, count=arrivals - 1)
     mbarrier.expect(barrier, bytes)
-    tma_load(desc, box_at(item, row, head, column), barrier, destination)
+    tma_load(desc, box_of(rows, row, head, column), barrier, destination)
 
 
 @gluon.jit
@@ -75,22 +77,21 @@ def load_query(desc, item, memory, number, c):
 
 
 @gluon.jit
-def load_keys(desc, item, tile, head, ring, n, arrivals: gl.constexpr, c):
+def load_keys(desc, rows, tile, head, ring, n, arrivals: gl.constexpr, c):
     BYTES: gl.constexpr = c.BLOCK_N * c.K_COLUMNS * 2
     for chunk in gl.static_range(c.K_CHUNKS):
         at = n * c.K_CHUNKS + chunk
         ring.wait_empty(at)
         load_box(
-            desc, item, tile * c.BLOCK_N, head, chunk * c.K_COLUMNS, ring.filled(at), ring.slot(at), BYTES, arrivals
+            desc, rows, tile * c.BLOCK_N, head, chunk * c.K_COLUMNS, ring.filled(at), ring.slot(at), BYTES, arrivals
         )
 
 
 @gluon.jit
-def load_values(desc, item, tile, head, ring, n, arrivals: gl.constexpr, c):
+def load_values(desc, rows, tile, head, v_slice, ring, n, arrivals: gl.constexpr, c):
     BYTES: gl.constexpr = c.BLOCK_N * c.BLOCK_DV * 2
     ring.wait_empty(n)
-    column = item.v_slice * c.BLOCK_DV
-    load_box(desc, item, tile * c.BLOCK_N, head, column, ring.filled(n), ring.slot(n), BYTES, arrivals)
+    load_box(desc, rows, tile * c.BLOCK_N, head, v_slice * c.BLOCK_DV, ring.filled(n), ring.slot(n), BYTES, arrivals)
 
 
 @gluon.jit
@@ -148,7 +149,7 @@ def new_values(sources, item, tiles, t, head, ring, n, ARRIVALS: gl.constexpr, c
         gather(rows, exists, column, c.HEAD_DIM_V, True, True, ring.slot(n), LAYOUT)
         async_copy.mbarrier_arrive(ring.filled(n), increment_count=False)
     else:
-        load_values(sources.v, item, tiles.new_hi - 1 - t, head, ring, n, ARRIVALS, c)
+        load_values(sources.v, new_tokens(item), tiles.new_hi - 1 - t, head, item.v_slice, ring, n, ARRIVALS, c)
 
 
 @gluon.jit
@@ -158,6 +159,7 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     first tiles of this one."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    FROM_POOL: gl.constexpr = c.HAS_POOL and not c.GATHERED
     n = 0
     number = 0
     total, item, kv_start = announce_first(memory.board, call, c)
@@ -165,19 +167,24 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
         tiles = tiles_of(item, call, c)
         head = item.head_block * c.HEADS // c.GROUP
         kv_indices = sources.kv_indices + kv_start
-        if c.HAS_POOL:
+        new = new_tokens(item)
+        prefix = Stretch(kv_start.to(gl.int32), item.prefix_len)
+        if FROM_POOL:
             ahead = slots_of(kv_indices, item, tiles, tiles.begin, LANES, c)
         if c.QUERIES > 1:
             load_query(sources.q, item, memory, number, c)
         for t in range(tiles.begin, tiles.end + 1):
             keys_at = key_place(n, t, tiles, c)
             values_at = value_place(n - 1, t - 1, tiles, c)
-            if c.HAS_POOL:
+            if FROM_POOL:
                 memory.slots.index(n & 1).store(ahead * 2)
                 ahead = slots_of(kv_indices, item, tiles, t + 1, LANES, c)
             if t < tiles.end:
                 if (not c.UNIFIED) and t < tiles.new_tiles:
-                    load_keys(sources.k, item, tiles.new_hi - 1 - t, head, memory.k_ring, keys_at, ARRIVALS, c)
+                    load_keys(sources.k, new, tiles.new_hi - 1 - t, head, memory.k_ring, keys_at, ARRIVALS, c)
+                elif c.GATHERED:
+                    tile = tiles.pool_hi - 1 - (t - tiles.new_tiles)
+                    load_keys(sources.k_prefix, prefix, tile, head, memory.k_ring, keys_at, ARRIVALS, c)
                 elif c.HAS_POOL:
                     gather_keys(sources, head, memory.slots.index(n & 1), memory.k_ring, keys_at, LAYOUT, c)
             if t == tiles.begin:
@@ -185,6 +192,9 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
                     load_query(sources.q, item, memory, number, c)
             elif (not c.UNIFIED) and t <= tiles.new_tiles:
                 new_values(sources, item, tiles, t - 1, head, memory.v_ring, values_at, ARRIVALS, call, c)
+            elif c.GATHERED:
+                tile = tiles.pool_hi - (t - tiles.new_tiles)
+                load_values(sources.v_prefix, prefix, tile, head, item.v_slice, memory.v_ring, values_at, ARRIVALS, c)
             elif c.HAS_POOL:
                 gather_values(
                     sources, item, tiles, t - 1, head, memory.slots.index((n - 1) & 1), memory.v_ring, values_at,

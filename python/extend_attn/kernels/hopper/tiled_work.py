@@ -22,7 +22,8 @@ class Shape:
     columns, or, if LATENT, where values are the first columns of keys, consumers (tiled_latent.py); APART: those of
     new tokens are not. QUERIES: query tiles a consumer, this item's and the next one's if there are two. ONE_RING:
     keys and values share a ring. STAGED: the output leaves through the query's place. SPLIT: an item's keys are cut
-    into parts. PDL: the kernel ahead may still run. GATHERS: rows come by asynchronous copies, which consumers must
+    into parts. PDL: the kernel ahead may still run. GATHERED: the prefixes' rows
+    were, and follow one another. GATHERS: rows come by asynchronous copies, which consumers must
     fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py calls the pool's codes. BY_POSITION: the window
     goes by ``q_positions``. SLACK: see weigh. PAIRED: see rounded. UNSEEN: a row may see no key of an item. S, O,
     P: the layouts of a consumer's logits, accumulator, weights.
@@ -49,6 +50,7 @@ class Shape:
     SPLIT: gl.constexpr
     PDL: gl.constexpr
     HAS_POOL: gl.constexpr
+    GATHERED: gl.constexpr
     GATHERS: gl.constexpr
     UNIFIED: gl.constexpr
     FP8: gl.constexpr
@@ -264,10 +266,29 @@ def _all_tiles(item, call, c):
 RAGGED: gl.constexpr = gl.constexpr(1 << 30)  # rows of a ragged descriptor's last-but-two dimension
 
 
+@struct
+class Stretch:
+    """Rows of a tensor that belong together: a sequence's new tokens, or its gathered prefix."""
+
+    start: gl.tensor
+    length: gl.tensor
+
+
+@gluon.jit
+def new_tokens(item):
+    return Stretch(item.q_start, item.extend_len)
+
+
+@gluon.jit
+def box_of(rows, row, head, column):
+    """Coordinates in a ragged descriptor of a Stretch's rows from ``row`` on."""
+    return [RAGGED, rows.start + rows.length, RAGGED - rows.length + row, head, column]
+
+
 @gluon.jit
 def box_at(item, row, head, column):
-    """Coordinates in a ragged descriptor of the item's sequence's rows from ``row`` on."""
-    return [RAGGED, item.q_start + item.extend_len, RAGGED - item.extend_len + row, head, column]
+    """Coordinates in a ragged descriptor of the item's new tokens from ``row`` on."""
+    return box_of(new_tokens(item), row, head, column)
 
 
 @gluon.jit
