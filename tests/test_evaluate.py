@@ -94,5 +94,5 @@ def test_the_heuristics_follow_the_sweeps():
         us = swept.plans.get(str(chosen))
         if us is not None:
             ratios.append(us / swept.best_us)
-    assert len(ratios) >= 230 and max(ratios) < 1.25  # other numbers of splits were not measured
+    assert len(ratios) >= 390 and max(ratios) < 1.26  # other numbers of splits, or gathered ahead, were not measured
     assert sum(ratio <= evaluation.TOLERANCE for ratio in ratios) >= 0.95 * len(ratios)

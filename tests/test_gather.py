@@ -175,3 +175,22 @@ def test_repeats(kv_dtype, monkeypatch):
             dispatched.clear()
     assert not dispatched
     calls.forget()
+
+
+@pytest.mark.parametrize(
+    "changes, gathers",
+    [
+        (dict(kv_dtype="float8_e4m3fn"), True),
+        (dict(kv_dtype="float8_e4m3fn", max_len_extend=256, num_tokens=1024), False),  # four blocks read each key
+        (dict(kv_dtype="float8_e4m3fn", num_kv_indices=1 << 17), False),  # half a GiB
+        (dict(kv_dtype="float8_e4m3fn", sliding_window=1024), False),
+        (dict(), False),
+        (dict(head_dim_qk=128, head_dim_v=128, num_q_heads=16), True),
+        (dict(head_dim_qk=128, head_dim_v=128), False),
+        (dict(head_dim_qk=64, head_dim_v=64, num_q_heads=16), False),
+        (dict(head_dim_qk=512, head_dim_v=512, num_q_heads=16), True),
+    ],
+)
+def test_where_it_is_the_default(changes, gathers):
+    plan = select(replace(CHUNK, **changes), H100, plan="heuristic")
+    assert (plan.family, plan.gather) == ("hopper_tiled", gathers)

@@ -286,7 +286,7 @@ def test_default_plans_fit(dim, dim_v):
     "changes, word",
     [
         (dict(head_dim_qk=576, head_dim_v=512), "head dims"),
-        (dict(kv_dtype="float8_e4m3fn", head_dim_qk=512, head_dim_v=512), "kv_dtype"),
+        (dict(kv_dtype="float8_e4m3fn", head_dim_qk=512, head_dim_v=512, sliding_window=1024), "kv_dtype"),
         (dict(dtype="float32", kv_dtype="float32", out_dtype="float32"), "fp32"),
         (dict(alignment=8), "aligned"),
     ],
@@ -323,7 +323,8 @@ def test_rings_and_queries_of_head_dim_256():
         (dict(), 1, 2),
         (dict(max_len_extend=8192), 2, 1),
         (dict(max_len_extend=8192, sliding_window=1024), 1, 2),
-        (dict(kv_dtype="float8_e4m3fn"), 1, 1),  # codes lie beside the ring
+        (dict(kv_dtype="float8_e4m3fn", sliding_window=1024), 1, 1),  # codes lie beside the ring
+        (dict(kv_dtype="float8_e4m3fn"), 1, 2),  # gathered ahead, they are none
         (dict(head_dim_v=128), 2, 2),
     ]:
         problem = replace(CHUNK, **changes)

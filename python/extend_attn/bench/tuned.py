@@ -37,6 +37,7 @@ def winners(measured: List[Dict[str, Any]], data: Dict[str, Any], sm_count: int)
             "problem": one["problem"],
             "plan": {name: value for name, value in one["plan"].items() if name != "source"},
             "us": round(one["us_graph"], 2),
+            "own": one["plan"].get("source") == "heuristic",
         }
         for one in fastest.values()
     ]

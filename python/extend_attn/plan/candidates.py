@@ -138,6 +138,7 @@ def neighbours(plan: Plan) -> Iterator[Plan]:
         for n in CONSUMERS:  # four take rows of one head and the narrow tile of keys
             other = Tile(n * ROWS, HOPPER_BLOCK_N, n * WARPS, tile.num_stages)
             yield replace(plan, tile=other, pack_gqa=plan.pack_gqa and n == 2)
+        yield replace(plan, gather=not plan.gather)
     if not plan.packed:
         yield replace(plan, pack_gqa=not plan.pack_gqa)
         if not plan.hopper:

@@ -17,9 +17,12 @@ from .legality_hopper import (
     packed_held_max,
 )
 from .legality_hopper_tiled import (
+    FP8_HEAD_DIM_MAX,
     ROWS,
     WARPS,
+    gathered_bytes,
     latent,
+    no_gather,
     shares_ring,
     tiled_blocks,
     tiled_items,
@@ -122,6 +125,13 @@ PAIR_TO_NARROW, PAIR_NARROW_HEAD_DIM, PAIR_WAVES = 512, 128, 2
 SHORT_PROMPT = 1024
 # And so do others behind short prefixes: 26 of 86 behind 302 56.8 and 66.7 us, 51 of 66 behind 429 1.00 and 1.04.
 SHORT_PREFIX_TILED = 384
+# Prefixes are gathered ahead where so many blocks of 128 rows read each of their keys: on an H200, us without and with,
+# fp8 at head dim 256 with 16 reads 313 and 239, 8 in splits 94 and 75, 4 151 and 166; at 128 with 32 609 and 467, 8 291
+# and 283, 4 159 and 195. Of bf16 with 32 reads at head dim 64 386 and 360, at 128 503 and 484, at 512 664 and 639, but
+# at 256 410 and 427; with 8 at 128 243 and 296. It takes memory of its own: no default takes more than GATHER_BYTES.
+# Of narrow heads only fp8 is: models with layers of two kinds would compile more than twelve kernels.
+GATHER_READS_FP8, GATHER_READS = 8, 32
+GATHER_BYTES = 256 << 20
 # Four consumers over 64 keys a tile, where registers hold that: prompts of 8192 at head dim 64 take 530 us on an H200,
 # 571 with two; 16 chunks of 1024 206 and 228, 8 of 512 41 and 50. Under a window they walk what the others' rows see as
 # well: 259 and 197 for 1024 keys of 8192.
@@ -284,7 +294,8 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     At head dim 256 keys and values of short blocks share a ring of three slots, which makes room for the next item's
     query: 126 against 135 us for 16 chunks of 1024 on an H200, but 364 against 354 for a prompt of 8192.
     """
-    fp8 = is_fp8(problem)
+    gather = _gathers(problem)
+    fp8 = is_fp8(problem) and not gather
     wide = problem.head_dim_qk <= (128 if fp8 else 192) and problem.head_dim_v <= 128 and not problem.custom_mask
     tile = Tile(tiled_rows(problem), 128 if wide else 64, 8, 2)
     narrow = max(problem.head_dim_qk, problem.head_dim_v) <= NARROW_HEAD_DIM
@@ -294,7 +305,7 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
         tile = tile.merged({"num_stages": 3})
     if problem.head_dim_qk > 256 and not latent(problem):
         tile = tile.merged({"num_stages": 1})  # one tile of keys is all that fits beside two query tiles
-    pack = problem.group % 2 == 0 and not latent(problem) and _pairs(problem, device)
+    pack = problem.group % 2 == 0 and not latent(problem) and _pairs(problem, device, fp8)
     if _four_consumers(problem, device):
         return Plan("hopper_tiled", Tile(4 * ROWS, 64, 4 * WARPS, 3), pdl=True, source="heuristic")
     split_kv = tiled_splits(problem, device, tile.block_n, pack)
@@ -302,7 +313,20 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     if fp8 or (split_kv == 1 and not (wide or problem.custom_mask or _long(problem))):
         one = Plan("hopper_tiled", tile.merged({"num_stages": 1}))
         tile = one.tile if shares_ring(problem, one) else tile
-    return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=True, source="heuristic")
+    return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=True, gather=gather, source="heuristic")
+
+
+def _gathers(problem: Problem) -> bool:
+    """Whether the prefixes are gathered ahead, for all blocks of rows that read them."""
+    if no_gather(problem) is not None:
+        return False
+    head_dim, fp8 = max(problem.head_dim_qk, problem.head_dim_v), is_fp8(problem)
+    if fp8 and head_dim > FP8_HEAD_DIM_MAX:
+        return True
+    reads = problem.group * -(-problem.max_len_extend // (2 * ROWS))
+    gains = NARROW_HEAD_DIM < head_dim <= 128 or head_dim > 256
+    worth = reads >= GATHER_READS_FP8 if fp8 else gains and reads >= GATHER_READS
+    return worth and gathered_bytes(problem) <= GATHER_BYTES
 
 
 def _four_consumers(problem: Problem, device: DeviceSpec) -> bool:
@@ -333,14 +357,14 @@ def _is_prompt(problem: Problem) -> bool:
     return problem.max_len_extend >= PAIR_MIN_LEN_EXTEND and problem.prefix_hint <= problem.max_len_extend
 
 
-def _pairs(problem: Problem, device: DeviceSpec) -> bool:
+def _pairs(problem: Problem, device: DeviceSpec, fp8: bool) -> bool:
     """Whether a program of hopper_tiled takes two heads of a KV head, if it can, and not two blocks of tokens."""
     tokens, head_dim = problem.max_len_extend, max(problem.head_dim_qk, problem.head_dim_v)
     if problem.custom_mask or head_dim > 256:
         return True
     if head_dim <= PAIR_NARROW_HEAD_DIM and problem.has_prefix:
         many = tiled_items(problem, 1, ROWS * 2) >= PAIR_WAVES * device.sm_count
-        if is_fp8(problem) or (many and PAIR_FROM < tokens <= PAIR_TO_NARROW):
+        if fp8 or (many and PAIR_FROM < tokens <= PAIR_TO_NARROW):
             return True
     return tokens <= ROWS or PAIR_FROM < tokens <= PAIR_TO or _is_prompt(problem)
 

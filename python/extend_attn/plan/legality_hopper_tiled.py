@@ -107,7 +107,7 @@ def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[
         return f"registers: {held} a thread for logits, weights and accumulator; there are {most} to hold them"
     if problem.custom_mask and tile.block_n > MASK_KEYS_MAX:
         return f"block_n: {tile.block_n}; beside a mask's bytes registers hold the logits of {MASK_KEYS_MAX} keys"
-    reason = _no_gather(problem) if plan.gather else None
+    reason = no_gather(problem) if plan.gather else None
     if reason:
         return f"gather: {reason}"
     reason = _not_served(problem, plan)
@@ -140,7 +140,7 @@ def gathered_bytes(problem: Problem) -> int:
     return problem.num_kv_indices * problem.num_kv_heads * dims * ELEMENT_SIZE[problem.dtype]
 
 
-def _no_gather(problem: Problem) -> Optional[str]:
+def no_gather(problem: Problem) -> Optional[str]:
     """Why the prefixes can't be gathered ahead, or None if they can."""
     if not problem.has_pool:
         return "there is no prefix"

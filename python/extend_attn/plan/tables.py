@@ -41,7 +41,11 @@ PREFIX_IS_LONG = 1 << 14  # tokens; from here on longer prefixes behave alike, a
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: ``plan`` took ``us`` microseconds for ``problem``, on this device, with this Triton."""
+    """One measurement: ``plan`` took ``us`` microseconds for ``problem``, on this device, with this Triton.
+
+    ``own``: nothing beat the heuristic's own plan. Such a row speaks for problems of its own sizes alone; for those
+    near it the heuristic, which it confirms, knows better what changes with them.
+    """
 
     device: str
     sm_count: int
@@ -51,6 +55,7 @@ class Row:
     problem: Problem
     plan: Plan
     us: float
+    own: bool = False
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
@@ -58,7 +63,10 @@ class Row:
         values = fields_of(data, _FIELDS)
         if not data["us"] > 0:
             raise ValueError(f"us: got {data['us']}; a time is positive")
+        if type(data.get("own", False)) is not bool:
+            raise TypeError(f"own: got {data['own']!r}; it is a flag, true or false")
         values.update(problem=Problem.from_json(data["problem"]), plan=Plan.from_json(data["plan"]))
+        values.update(own=data.get("own", False))
         return cls(**values)
 
 
@@ -92,7 +100,8 @@ class Table:
         for number, row in enumerate(self.rows):
             closeness = self._device_rank(row, device)
             distance = _distance(row.problem.bucketed(), problem, row.plan)
-            if closeness is not None and distance is not None:
+            speaks = not row.own or row.problem.key() == problem.key()
+            if closeness is not None and distance is not None and speaks:
                 other_triton = not same_minor_version(row.triton, device.triton)
                 ranked.append(((closeness, distance, other_triton, number), row))
         for (_, _, _, number), row in sorted(ranked, key=lambda item: item[0]):
