@@ -97,6 +97,15 @@ def test_repeats_do_not_dispatch(plan, unified, rules, lse, dispatches, monkeypa
     assert len(dispatches) == 1
 
 
+@pytest.mark.parametrize("lengths", [[], [(0, 70), (0, 0)]], ids=str)
+@pytest.mark.parametrize("plan", FORCED)
+def test_repeats_of_an_empty_batch(plan, lengths, monkeypatch):
+    """Nothing is launched, and no descriptor is made of tensors without rows; calls with rows go on."""
+    forced(monkeypatch, FORCED[plan])
+    for one in (case(lengths), case(lengths), case(LONG), case(LONG), case(lengths), case(LONG)):
+        right(one)
+
+
 @pytest.mark.parametrize("plan", FORCED)
 def test_repeats_with_a_named_plan_do_not_dispatch(plan, dispatches):
     """Each plan has kernels of its own, bound; and so has the default beside it."""

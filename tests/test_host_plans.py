@@ -150,6 +150,18 @@ def test_a_call_that_is_verified_launches_what_verify_returns(mode, launches, bo
     assert len(launches) == 2 and len(bound_launches) == 1 and out.isnan().all()
 
 
+@interpreted
+@pytest.mark.parametrize("lengths", [[], [(0, 4)]], ids=str)
+def test_an_empty_batch_is_never_bound(mode, lengths, bound_launches):
+    """There is nothing to launch again, and TMA has no descriptor of a tensor without rows."""
+    one = case(lengths=lengths)
+    for _ in range(3):
+        call(one)
+    assert not bound_launches
+    call(case(lengths=[(2, 3)])), call(case(lengths=[(2, 3)]))
+    assert len(bound_launches) == 2
+
+
 # -- plans that the caller names
 
 ASKED = {

@@ -96,6 +96,15 @@ def test_the_nearest_sizes_win(tmp_path):
         assert select(problem, H200, table=path).source == DEFAULT, batch
 
 
+def test_a_row_that_confirms_the_heuristic_speaks_for_its_own_sizes(tmp_path):
+    """What changes with the sizes of a problem near it, the heuristic knows."""
+    path = write(tmp_path / "t.json", row(3, own=True))
+    near = replace(VERIFY, num_kv_indices=VERIFY.num_kv_indices * 2)
+    assert select(VERIFY, H200, table=path).split_kv == 3
+    assert select(near, H200, table=path).source == DEFAULT
+    assert select(near, H200, table=write(tmp_path / "other.json", row(3, own=False))).split_kv == 3
+
+
 def test_a_row_without_splits_speaks_for_larger_batches(tmp_path):
     path = write(tmp_path / "t.json", row(1))
     for batch, source in ((16, DEFAULT), (32, "table:t.json#0"), (64, "table:t.json#0"), (128, DEFAULT)):
@@ -276,6 +285,7 @@ def test_a_bad_file_is_named(tmp_path, text, message):
         ({"us": True}, "us: got True"),
         ({"sm_count": 132.0}, "sm_count: got 132.0"),
         ({"device": None}, "device: got None"),
+        ({"own": "yes"}, "own: got 'yes'"),
         ({"problem": {"dtype": "bfloat16"}}, "problem: missing field head_dim_qk"),
         ({"problem": {**VERIFY.to_json(), "dtype": "int8"}}, "dtype: got 'int8'"),
         ({"plan": {"family": "packed"}}, "plan: missing field tile"),

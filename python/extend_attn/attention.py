@@ -251,7 +251,7 @@ def _run(call: calls.Call, plan: PlanLike, tile: TileLike, check: bool) -> Optio
         prepared.recipe = launching.recipe_of(prepared.plan, checked, problem)
     assert prepared.plan is not None
     if prepared.bound is None and addresses is not None:  # the kernels may have run already, for other lengths
-        prepared.bound = launching.bind(prepared.recipe, checked)
+        prepared.bound = not launching.is_empty(problem) and launching.bind(prepared.recipe, checked)
     if prepared.bound and not check and prepared.bound.ready():  # verify may have replaced a tensor
         prepared.bound.launch(addresses)
     else:

@@ -16,11 +16,16 @@ from .compat import INTERPRETED, OutOfResources
 from .recipe import Recipe
 from .workspace import workspaces
 
-__all__ = ["KernelNotLoaded", "OutOfResources", "Recipe", "bind", "kernels_of", "launch", "recipe_of"]
+__all__ = ["KernelNotLoaded", "OutOfResources", "Recipe", "bind", "is_empty", "kernels_of", "launch", "recipe_of"]
 
 
 class KernelNotLoaded(RuntimeError):
     """A kernel would have to be compiled or loaded while a CUDA graph is being captured."""
+
+
+def is_empty(problem: Problem) -> bool:
+    """Whether there are no new tokens, so that nothing is launched: tensors without rows have no TMA descriptors."""
+    return problem.batch_size == 0 or problem.max_len_extend == 0 or problem.num_tokens == 0
 
 
 def launch(plan: Plan, inputs: Inputs, problem: Problem, recipe: Optional[Recipe] = None) -> List[tuple]:
@@ -32,7 +37,7 @@ def launch(plan: Plan, inputs: Inputs, problem: Problem, recipe: Optional[Recipe
     Raises ``OutOfResources`` (nothing enqueued) if the tile does not fit the device, ``KernelNotLoaded``
     (nothing enqueued) if the stream is capturing and a kernel is not loaded yet.
     """
-    if problem.batch_size == 0 or problem.max_len_extend == 0 or problem.num_tokens == 0:
+    if is_empty(problem):
         return []
     device = inputs.q.device
     if device.type == "cpu":

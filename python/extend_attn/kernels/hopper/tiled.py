@@ -41,6 +41,10 @@ from .tiled_schedule import FIELDS, MESSAGES, receive
 from .tiled_softmax import PAIRED_MAX, logits, no_sums, rounded, row_sums, scales, temperature_of, weigh
 from .tiled_work import ROWS, Call, Memory, Shape, key_place, place_of, tiles_of, value_place
 
+# Tiles after a row's first whose maxima count at once: the first keys, few of them at the diagonal, say little of what
+# the rest will bring, and what comes after as many tiles seldom outdoes them.
+EXACT = gl.constexpr(2)
+
 
 @gluon.jit
 def begin(seat, memory, call, item, tiles, place, temperature, c):
@@ -54,7 +58,7 @@ def begin(seat, memory, call, item, tiles, place, temperature, c):
     s = logits(s, scale, temperature, call, False, c)
     s = gl.where(seen(t, tiles, place, item, call, KEYS, c), s, float("-inf"))
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.S))
-    w, alpha, m, l = weigh(s, m, no_sums(c), scale, True, c)
+    w, alpha, m, l = weigh(s, m, no_sums(c), scale, 0.0, True, c)
     if c.V_SCALED and (c.UNIFIED or KEYS == BOTH):
         w = w * v_scale
     end_softmax(seat, memory, c)
@@ -90,7 +94,8 @@ def walk(
             s = gl.where(visible, s, float("-inf"))
         elif EDGES == SOME:
             s = hide(s, t, tiles, place, item, call, KEYS, c)
-        w, alpha, m, l = weigh(s, state.m, state.l, scale, EDGES != NONE, c)
+        slack = gl.where(t <= place.begin + EXACT, 0.0, c.SLACK)
+        w, alpha, m, l = weigh(s, state.m, state.l, scale, slack, EDGES != NONE, c)
         if c.V_SCALED and (c.UNIFIED or KEYS != NEW):
             w = w * v_scale
         end_softmax(seat, memory, c)

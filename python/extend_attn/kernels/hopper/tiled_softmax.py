@@ -142,19 +142,19 @@ def row_sums(l, c):
 
 
 @gluon.jit
-def weigh(s, m, l, scale, MASKED: gl.constexpr, c):
+def weigh(s, m, l, scale, slack, MASKED: gl.constexpr, c):
     """One step of the online softmax: (weights, factor of what came before, maximum, lanes' sums).
 
     Logits that are not scaled yet take one fused multiply-add. Every row has seen a key, its own token's in a
     walk's first tile, or all of one that is not MASKED, unless UNSEEN. A maximum stands until it would grow by more
-    than SLACK: the result is the same, weights are at most 2 ** SLACK, and accumulators are rarely rescaled
-    (prefill_long: 8 %).
+    than ``slack``: the result is the same but for rounding, weights are at most 2 ** slack, and accumulators are rarely
+    rescaled.
     """
     if c.CAP or c.TEMPERATURE:
         m_new = gl.maximum(m, gl.max(s, 1))
     else:
         m_new = gl.maximum(m, gl.max(s, 1) * scale)
-    m_new = gl.where(m_new > m + c.SLACK, m_new, m)
+    m_new = gl.where(m_new > m + slack, m_new, m)
     finite = m_new
     if MASKED and c.UNSEEN:
         finite = gl.where(m_new == float("-inf"), 0.0, m_new)
