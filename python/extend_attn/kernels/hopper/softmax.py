@@ -7,9 +7,9 @@ from .gluon_compat import constexpr_function
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-# What a maximum may fall behind by, in powers of two. A weight above it is rounded where 1 would not be: with 8 a key
-# that takes nearly all weight costs 2.5e-3 of the largest output, with 3 at most 1.4e-3.
-SLACK = gl.constexpr(3.0)
+# What a maximum may fall behind by, in powers of two. A weight above it is rounded where 1 would not be: with 3 a key
+# that takes nearly all weight cost 2.7e-3 of the largest output.
+SLACK = gl.constexpr(1.0)
 NONE_SEEN = gl.constexpr(-3.0e38)  # the maximum of a row that has seen no key: finite, so that -inf minus it is -inf
 
 

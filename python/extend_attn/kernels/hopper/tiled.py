@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..compat import gdc_launch_dependents, gdc_wait
 from .gluon_compat import constexpr_function
 from .ring import Ring, barriers
-from .softmax import SLACK
 from .tiled_epilogue import finish_part, store
 from .tiled_fp8 import CODE_TILES, produce_fp8
 from .tiled_latent import BOX, PARTS, consume_latent, produce_latent
@@ -38,12 +37,8 @@ from .tiled_products import (
     start_scores,
 )
 from .tiled_schedule import FIELDS, MESSAGES, receive
-from .tiled_softmax import PAIRED_MAX, logits, no_sums, rounded, row_sums, scales, temperature_of, weigh
+from .tiled_softmax import EXACT, PAIRED_MAX, SLACK, logits, no_sums, rounded, row_sums, scales, temperature_of, weigh
 from .tiled_work import ROWS, Call, Memory, Shape, key_place, place_of, tiles_of, value_place
-
-# Tiles after a row's first whose maxima count at once: the first keys, few of them at the diagonal, say little of what
-# the rest will bring, and what comes after as many tiles seldom outdoes them.
-EXACT = gl.constexpr(2)
 
 
 @gluon.jit
