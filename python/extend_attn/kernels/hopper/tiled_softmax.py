@@ -14,10 +14,11 @@ SCALE_MIN = gl.constexpr(1e-36)  # stands for a scale of 0, which would make NaN
 # Columns of values up to which weights are paired: d64_prefill takes 571 us, not 613, on an H200; prefill_long 353, not
 # 348.
 PAIRED_MAX = gl.constexpr(128)
-# What a maximum may fall behind by, in powers of two, and tiles after a row's first in which it may not: few keys at the
-# diagonal say little of what the rest will bring, and what comes after as many tiles seldom outdoes them. A weight above
-# the maximum is rounded where 1 would not be: with 8 from the first tile on, 2.5e-3 of the largest output; so, 1.4e-3.
-SLACK, EXACT = gl.constexpr(3.0), gl.constexpr(2)
+# What a maximum may fall behind by, in powers of two, and tiles after a row's first in which it may not: few keys at
+# the diagonal say little of what the rest will bring, and what comes after as many tiles seldom outdoes them. A weight
+# above the maximum is rounded where 1 would not be: 2.5e-3 of the largest output with 8 from the first tile on, 1.5e-3
+# so (tests/test_standing_maxima.py).
+SLACK, EXACT = gl.constexpr(2.0), gl.constexpr(2)
 
 
 @gluon.jit
