@@ -47,7 +47,8 @@ FEATURES: Dict[str, dict] = {
     "unified": dict(unified=True, index_dtype="int32"),
 }
 PROMPT = "prompt"  # no key but the new ones
-GATHERED = "gathered"  # an fp8 pool whose rows are copied, and converted, ahead of hopper_tiled; else it converts them
+# An fp8 pool whose rows are converted once, ahead of hopper_tiled's walk or beside it; else they are in its producer.
+GATHERED = ("ahead", "beside")
 FEW = {"few": dict(batch_size=2)}  # so few blocks that hopper_tiled splits their keys
 NEW_TOKENS = {"packed": 4, "tiled": 512}  # what each family is for
 HOPPER = ("hopper_packed", "hopper_tiled")  # compiled for all of them, but for what hopper_tiled refuses: fp8 at 512
@@ -82,13 +83,15 @@ def jobs(everything: bool) -> Iterator[Job]:
                     if family == "hopper_tiled" and (everything or dims[0] == 256):
                         yield arch, dims, family, "few"
                     if family == "hopper_tiled" and (everything or dims[0] in (128, 512)) and dims[0] <= 512:
-                        yield arch, dims, family, GATHERED
+                        yield arch, dims, family, "ahead"
+                    if family == "hopper_tiled" and (everything or dims[0] == 256) and dims[0] <= 256:
+                        yield arch, dims, family, "beside"
                 yield arch, dims, "hopper_tiled", PROMPT
 
 
 def problem_of(job: Job) -> Problem:
     arch, (dim, dim_v, heads, kv_heads, aliases), family, name = job
-    features = dict({**FEATURES, **FEW, GATHERED: FEATURES["fp8"]}.get(name, {}))
+    features = dict({**FEATURES, **FEW, **dict.fromkeys(GATHERED, FEATURES["fp8"])}.get(name, {}))
     batch = features.pop("batch_size", 8)
     if features.get("kv_dtype") == "float8_e4m3fn" and arch < 89:
         features["kv_dtype"] = "float8_e5m2"  # the other type needs conversions that sm_89 brought
@@ -119,7 +122,7 @@ def compile_job(job: Job) -> str:
     try:
         problem = problem_of(job)
         device = DeviceSpec.preset(f"sm_{arch}")
-        gather = {"gather": name == GATHERED} if family == "hopper_tiled" else {}
+        gather = {"gather": name if name in GATHERED else ""} if family == "hopper_tiled" else {}
         plan = select(problem, device, plan={"family": family, **gather})
         used = shared_memory(problem, plan, arch)
         while used > device.shared_memory and not triton.__version__.startswith(TUNED_FOR):

@@ -82,12 +82,13 @@ KERNELS: Dict[str, Dict[str, Any]] = {
 HOPPER: Dict[str, Dict[str, Any]] = {
     "hopper_tiled": {"family": "hopper_tiled", "pack_gqa": False},
     "hopper_tiled_gqa": {"family": "hopper_tiled", "pack_gqa": True},
-    "hopper_tiled_gather": {"family": "hopper_tiled", "gather": True},
+    "hopper_tiled_gather": {"family": "hopper_tiled", "gather": "ahead"},
+    "hopper_tiled_beside": {"family": "hopper_tiled", "gather": "beside", "split_kv": 1},
     "hopper_packed": {"family": "hopper_packed", "split_kv": 1},
     "hopper_packed_split3": {"family": "hopper_packed", "split_kv": 3},
 }
 TWINS = {name: [f"hopper_{name}"] for name in KERNELS}
-TWINS["tiled"].append("hopper_tiled_gather")
+TWINS["tiled"] += ["hopper_tiled_gather", "hopper_tiled_beside"]
 REFERENCE = Mode("reference")
 INTERPRETED = {
     name: Mode(f"{name}-interpreted", "cpu", {**plan, "tile": {"block_m": 16, "block_n": block_n, "num_stages": 1}})

@@ -311,7 +311,8 @@ HOPPER = {
     "pdl": {"family": "packed", "split_kv": 3, "pdl": True},
     "pdl_tiled": {"family": "hopper_tiled", "split_kv": 1, "pdl": True},
     "pdl_tiled_split": {"family": "hopper_tiled", "split_kv": 3, "pdl": True},
-    "pdl_gather": {"family": "hopper_tiled", "gather": True, "split_kv": 3, "pdl": True},
+    "pdl_gather": {"family": "hopper_tiled", "gather": "ahead", "split_kv": 3, "pdl": True},
+    "pdl_beside": {"family": "hopper_tiled", "gather": "beside", "split_kv": 1, "pdl": True},
 }
 
 

@@ -35,7 +35,8 @@ def plan_text(plan: Optional[Dict[str, Any]]) -> str:
             words.append(f"s{tile['num_stages']}")
     if plan.get("split_kv", 1) != 1:
         words.append(f"split {plan['split_kv']}")
-    words += [name for name in ("pack_gqa", "tma", "pdl", "gather") if plan.get(name)]
+    words += [name for name in ("pack_gqa", "tma", "pdl") if plan.get(name)]
+    words += [f"gather {plan['gather']}"] if plan.get("gather") else []
     words += [f"page {plan['page_size']}"] if plan.get("page_size") else []
     words += [str(plan[name]) for name in ("backend", "beforehand") if plan.get(name)]
     if plan.get("source"):

@@ -21,10 +21,17 @@ from .workspace import Workspace
 BLOCK_ELEMENTS, PROGRAMS = 2048, 8
 
 
-def gather_before(
-    plan: Plan, inputs: Inputs, problem: Problem, multiprocessors: int
-) -> Tuple[Kernel, Tuple[Workspace, ...]]:  # fmt: skip
-    """The kernel, and the workspaces that it fills: rows of keys and of values."""
+def prefix_rows(problem: Problem, dtype: torch.dtype) -> Tuple[Workspace, Workspace]:
+    """Room for the gathered rows of keys and of values."""
+    heads = problem.num_kv_indices * problem.num_kv_heads
+    return (
+        Workspace("k_prefix", heads * problem.head_dim_qk, dtype),
+        Workspace("v_prefix", heads * problem.head_dim_v, dtype),
+    )
+
+
+def gather_before(plan: Plan, inputs: Inputs, problem: Problem, multiprocessors: int) -> Kernel:
+    """The kernel that fills ``prefix_rows``."""
     block_d, block_dv = next_power_of_2(problem.head_dim_qk), next_power_of_2(problem.head_dim_v)
     rows = max(1, BLOCK_ELEMENTS // max(block_d, block_dv))
     pdl = plan.pdl and CAN_PDL
@@ -38,7 +45,7 @@ def gather_before(
         PDL=pdl,
     )
     blocks = -(-problem.num_kv_indices // rows) * problem.num_kv_heads
-    gather = kernel(
+    return kernel(
         gather_prefix_kernel,
         max(1, min(blocks, PROGRAMS * multiprocessors)),
         (*strides(inputs.k_pool), *strides(inputs.v_pool), inputs.batch_size),
@@ -46,12 +53,9 @@ def gather_before(
         num_warps=4,
         **launch_options(pdl),
     )
-    heads = problem.num_kv_indices * problem.num_kv_heads
-    dims = ("k_prefix", problem.head_dim_qk), ("v_prefix", problem.head_dim_v)
-    return gather, tuple([Workspace(name, heads * dim, inputs.q.dtype) for name, dim in dims])
 
 
 def gather_tensors(inputs: Inputs, *rows: torch.Tensor) -> List[object]:
     """With the numbers in ``gather_before``, the one place that knows the order of gather_prefix_kernel's arguments;
-    ``rows`` are its workspaces."""
+    ``rows`` are those of ``prefix_rows``."""
     return [pool_of(inputs.k_pool), pool_of(inputs.v_pool), inputs.kv_indptr, inputs.kv_indices, *rows]

@@ -11,7 +11,7 @@ from .heuristics import heuristic, plain_family
 from .legality import illegal, shared_memory_bytes
 from .legality_hopper_tiled import CONSUMERS, ROWS, WARPS
 from .sglang_rule import sglang_plan
-from .tile import BLOCK_M_MIN, BLOCK_MAX, BLOCK_MIN, STAGES_MAX, Plan, Tile
+from .tile import BLOCK_M_MIN, BLOCK_MAX, BLOCK_MIN, GATHERS, STAGES_MAX, Plan, Tile
 
 # Below this a K/V tile is too narrow to keep the tensor cores busy; rows are given up before keys are.
 NARROW_BLOCK_N = 32
@@ -138,7 +138,7 @@ def neighbours(plan: Plan) -> Iterator[Plan]:
         for n in CONSUMERS:  # four take rows of one head and the narrow tile of keys
             other = Tile(n * ROWS, HOPPER_BLOCK_N, n * WARPS, tile.num_stages)
             yield replace(plan, tile=other, pack_gqa=plan.pack_gqa and n == 2)
-        yield replace(plan, gather=not plan.gather)
+        yield from (replace(plan, gather=gather) for gather in GATHERS if gather != plan.gather)
     if not plan.packed:
         yield replace(plan, pack_gqa=not plan.pack_gqa)
         if not plan.hopper:

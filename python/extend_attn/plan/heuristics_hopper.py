@@ -23,6 +23,7 @@ from .legality_hopper_tiled import (
     gathered_bytes,
     latent,
     no_gather,
+    no_gather_beside,
     shares_ring,
     tiled_blocks,
     tiled_items,
@@ -129,8 +130,11 @@ SHORT_PREFIX_TILED = 384
 # fp8 at head dim 256 with 16 reads 313 and 239, 8 in splits 94 and 75, 4 151 and 166; at 128 with 32 609 and 467, 8 291
 # and 283, 4 159 and 195. Of bf16 with 32 reads at head dim 64 386 and 360, at 128 503 and 484, at 512 664 and 639, but
 # at 256 410 and 427; with 8 at 128 243 and 296. It takes memory of its own: no default takes more than GATHER_BYTES.
-# Of narrow heads only fp8 is: models with layers of two kinds would compile more than twelve kernels.
+# Of narrow heads only fp8 is: models with layers of two kinds would compile more than twelve kernels. Codes of wider
+# heads than BESIDE_HEAD_DIM are converted beside the walk: with 16 reads at head dim 256 227 us, 240 ahead, with 8 122
+# and 136; but at 128 with 32 523 and 474.
 GATHER_READS_FP8, GATHER_READS = 8, 32
+BESIDE_HEAD_DIM = 128
 GATHER_BYTES = 256 << 20
 # Four consumers over 64 keys a tile, where registers hold that: prompts of 8192 at head dim 64 take 530 us on an H200,
 # 571 with two; 16 chunks of 1024 206 and 228, 8 of 512 41 and 50. Under a window they walk what the others' rows see as
@@ -294,7 +298,7 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     At head dim 256 keys and values of short blocks share a ring of three slots, which makes room for the next item's
     query: 126 against 135 us for 16 chunks of 1024 on an H200, but 364 against 354 for a prompt of 8192.
     """
-    gather = _gathers(problem)
+    gather = _gather(problem)
     fp8 = is_fp8(problem) and not gather
     wide = problem.head_dim_qk <= (128 if fp8 else 192) and problem.head_dim_v <= 128 and not problem.custom_mask
     tile = Tile(tiled_rows(problem), 128 if wide else 64, 8, 2)
@@ -309,6 +313,8 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     if _four_consumers(problem, device):
         return Plan("hopper_tiled", Tile(4 * ROWS, 64, 4 * WARPS, 3), pdl=True, source="heuristic")
     split_kv = tiled_splits(problem, device, tile.block_n, pack)
+    if gather == "beside" and no_gather_beside(problem, split_kv) is not None:
+        gather = "ahead"
     # beside fp8 codes on their way there is no room for two tiles of each
     if fp8 or (split_kv == 1 and not (wide or problem.custom_mask or _long(problem))):
         one = Plan("hopper_tiled", tile.merged({"num_stages": 1}))
@@ -316,17 +322,19 @@ def hopper_tiled_plan(problem: Problem, device: DeviceSpec) -> Plan:
     return Plan("hopper_tiled", tile, split_kv=split_kv, pack_gqa=pack, pdl=True, gather=gather, source="heuristic")
 
 
-def _gathers(problem: Problem) -> bool:
-    """Whether the prefixes are gathered ahead, for all blocks of rows that read them."""
+def _gather(problem: Problem) -> str:
+    """Whether and where the prefixes are gathered, for all blocks of rows that read them."""
     if no_gather(problem) is not None:
-        return False
+        return ""
     head_dim, fp8 = max(problem.head_dim_qk, problem.head_dim_v), is_fp8(problem)
     if fp8 and head_dim > FP8_HEAD_DIM_MAX:
-        return True
+        return "ahead"
     reads = problem.group * -(-problem.max_len_extend // (2 * ROWS))
     gains = NARROW_HEAD_DIM < head_dim <= 128 or head_dim > 256
     worth = reads >= GATHER_READS_FP8 if fp8 else gains and reads >= GATHER_READS
-    return worth and gathered_bytes(problem) <= GATHER_BYTES
+    if not worth or gathered_bytes(problem) > GATHER_BYTES:
+        return ""
+    return "beside" if fp8 and head_dim > BESIDE_HEAD_DIM else "ahead"
 
 
 def _four_consumers(problem: Problem, device: DeviceSpec) -> bool:

@@ -95,7 +95,7 @@ def illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[str]:
     if plan.programs:
         return f"programs: {plan.programs}; only hopper_packed shares all sequences' keys evenly"
     if plan.gather:
-        return "gather: only hopper_tiled reads prefixes that were gathered ahead"
+        return "gather: only hopper_tiled reads prefixes that were gathered"
     if tile.block_m < BLOCK_MIN:
         return f"block_m: {tile.block_m}; the plain Triton families take {BLOCK_MIN} rows and more"
     if plan.packed:

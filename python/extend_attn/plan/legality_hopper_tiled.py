@@ -23,6 +23,7 @@ FP8_HEAD_DIM_MAX = 256
 RING_SLOTS = 3  # of one ring for keys and values: two in use, one on its way
 CODE_TILES = 3  # tiles of fp8 codes on their way: one is converted, two are copied
 GATHERED_BYTES_MAX = 1 << 30  # of a call's gathered prefixes
+BESIDE_BATCH_MAX = 128  # sequences among whose prefixes the next tile to convert is looked for
 SHARED_MEMORY = 232448  # bytes of a block on sm_90
 # Bytes of 50 MB of L2, and items (multiprocessors): 16 chunks of 1024 at head dim 256 take 144 us in one section on an
 # H200, 133 in four; sections of half the size gain no more.
@@ -108,6 +109,8 @@ def tiled_illegal(problem: Problem, plan: Plan, device: DeviceSpec) -> Optional[
     if problem.custom_mask and tile.block_n > MASK_KEYS_MAX:
         return f"block_n: {tile.block_n}; beside a mask's bytes registers hold the logits of {MASK_KEYS_MAX} keys"
     reason = no_gather(problem) if plan.gather else None
+    if plan.gather == "beside":
+        reason = reason or no_gather_beside(problem, plan.split_kv)
     if reason:
         return f"gather: {reason}"
     reason = _not_served(problem, plan)
@@ -141,7 +144,7 @@ def gathered_bytes(problem: Problem) -> int:
 
 
 def no_gather(problem: Problem) -> Optional[str]:
-    """Why the prefixes can't be gathered ahead, or None if they can."""
+    """Why the prefixes can't be gathered, or None if they can."""
     if not problem.has_pool:
         return "there is no prefix"
     if problem.unified:
@@ -152,6 +155,21 @@ def no_gather(problem: Problem) -> Optional[str]:
         return "rows that no token sees, behind a window or a mask, would be read"
     if gathered_bytes(problem) > GATHERED_BYTES_MAX:
         return f"{gathered_bytes(problem)} bytes of prefixes; at most {GATHERED_BYTES_MAX} are kept"
+    return None
+
+
+def no_gather_beside(problem: Problem, split_kv: int) -> Optional[str]:
+    """Why prefixes that can be gathered can't be beside the walk (tiled_copies.py), or None if they can."""
+    if problem.kv_dtype == problem.dtype:
+        return "beside the walk only codes are worth a conversion; rows of the query's type are copied ahead"
+    if max(problem.head_dim_qk, problem.head_dim_v) > FP8_HEAD_DIM_MAX:
+        return f"wider heads than {FP8_HEAD_DIM_MAX} leave no registers to convert beside them"
+    if split_kv > 1:
+        return f"beside split_kv {split_kv}: parts begin in the middle of a prefix, and all would wait for theirs"
+    if problem.custom_mask:
+        return "a mask's bytes are read by the warps that would convert"
+    if problem.batch_size > BESIDE_BATCH_MAX:
+        return f"{problem.batch_size} sequences; beside the walk at most {BESIDE_BATCH_MAX} are looked through"
     return None
 
 
@@ -204,6 +222,8 @@ def _bytes(problem: Problem, plan: Plan, queries: int) -> int:
     scratch = 0 if slices > 1 or (queries > 1 and problem.out_dtype == problem.dtype) else LAYOUT_SCRATCH
     if problem.has_pool and problem.kv_dtype != problem.dtype and not plan.gather:
         scratch += CODE_TILES * plan.tile.block_n * code_columns(problem)
+    if plan.gather == "beside":
+        scratch += 2 * 4 * plan.tile.block_n  # slots
     if latent(problem):
         elements = (ROWS + plan.tile.num_stages * plan.tile.block_n) * (keys + LATENT_REST)
         elements += ROWS * plan.tile.block_n  # weights that consumers exchange

@@ -10,6 +10,7 @@ from typing import Any, Dict, Mapping, Sequence, Union
 PLAIN_FAMILIES = ("tiled", "packed")
 HOPPER_FAMILIES = ("hopper_tiled", "hopper_packed")
 FAMILIES = (*PLAIN_FAMILIES, *HOPPER_FAMILIES)
+GATHERS = ("", "ahead", "beside")
 BLOCK_MIN, BLOCK_MAX = 16, 256
 BLOCK_M_MIN = 8  # the narrowest warpgroup product; the plain families take BLOCK_MIN rows and more
 WARPS = (1, 2, 4, 8, 16, 32)
@@ -80,8 +81,9 @@ class Plan:
     ``pack_gqa`` (tiled) puts the query heads of a KV head into one tile's rows. ``tma`` (tiled, sm_90+) loads the
     contiguous new K/V through TMA descriptors. ``pdl`` (sm_90+): a kernel is launched before the one ahead of it
     ends, and waits on the device: the combine kernel, and in the Hopper families the attention kernel. ``gather``
-    (hopper_tiled): a kernel ahead copies the prefixes out of the pool, once, into contiguous rows. ``source`` says who
-    chose this plan; it takes no part in comparisons.
+    (hopper_tiled): the prefixes are copied out of the pool, once, into contiguous rows, "ahead" by a kernel of their
+    own or "beside" the walk over the new tokens, by warps of the attention kernel. ``source`` says who chose this plan;
+    it takes no part in comparisons.
     """
 
     family: str
@@ -91,7 +93,7 @@ class Plan:
     tma: bool = False
     pdl: bool = False
     programs: int = 0
-    gather: bool = False
+    gather: str = ""
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -105,7 +107,9 @@ class Plan:
         _integer("programs", self.programs)
         if not 0 <= self.programs <= PROGRAMS_MAX:
             raise ValueError(f"programs: got {self.programs}; allowed are 0 to {PROGRAMS_MAX}")
-        for name in ("pack_gqa", "tma", "pdl", "gather"):
+        if self.gather not in GATHERS:
+            raise ValueError(f"gather: got {self.gather!r}; allowed are {', '.join(map(repr, GATHERS))}")
+        for name in ("pack_gqa", "tma", "pdl"):
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; it is a flag, True or False")
         if not isinstance(self.source, str):
@@ -127,7 +131,9 @@ class Plan:
             parts.append(f"split {self.split_kv}")
         if self.programs:
             parts.append(f"even {self.programs}")
-        parts += [name for name in ("pack_gqa", "tma", "pdl", "gather") if getattr(self, name)]
+        parts += [name for name in ("pack_gqa", "tma", "pdl") if getattr(self, name)]
+        if self.gather:
+            parts.append(f"gather {self.gather}")
         return " ".join(parts)
 
     def to_json(self) -> Dict[str, Any]:

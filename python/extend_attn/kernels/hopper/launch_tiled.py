@@ -27,7 +27,7 @@ from ...plan.legality_hopper_tiled import (
 from ...plan.tile import Plan
 from ...problem import Problem
 from ..compat import launch_options
-from ..launch_gather import gather_before, gather_tensors
+from ..launch_gather import gather_before, gather_tensors, prefix_rows
 from ..recipe import Recipe, features, kernel, scalars, strides
 from ..workspace import Workspace
 from .launch_packed import FP8_CODES, PATIENCE, codes_of, mask_bytes, multiprocessors
@@ -35,13 +35,14 @@ from .tiled import tiled_kernel
 
 # By consumers: registers a thread of the launch, and what setmaxnreg makes of them for (consumers, producer). TMA and a
 # gather take 40, with 24 TMA spills between loads; a gather takes 56 where keys are split (one_chunk 93 us with 40, 76
-# with 56). A conversion of fp8 codes holds a tile of them, a mask its bytes.
+# with 56). A conversion of fp8 codes holds a tile of them, beside the walk a few rows, a mask its bytes.
 REGISTERS = {2: (168, (232, 40)), 4: (96, (112, 32))}
-SPLIT_GATHER_REGISTERS, FP8_REGISTERS = (224, 56), (216, 80)
+SPLIT_GATHER_REGISTERS, FP8_REGISTERS, BESIDE_REGISTERS = (224, 56), (216, 80), (216, 72)
 PRODUCER_WARPS = 4  # that gather
 PANEL = 64  # columns of a TMA box of the pool: see tiled_producer.py
 RAGGED_ROWS = 1 << 30  # see tiled_producer.py
 RAGGED_END = 0x7FFF0000  # more than any row
+READY_HEADER = 32  # words before those of units: see tiled_copies.py
 
 
 def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
@@ -66,9 +67,12 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
     on["CAUSAL"] = on["CAUSAL"] and not on["MASK"]
     gathered = plan.gather and on["HAS_POOL"]
     gather = (on["HAS_POOL"] and not gathered) or on["MASK"]
-    fp8 = FP8_CODES.get(problem.kv_dtype, 0) if on["HAS_POOL"] and not gathered else 0
+    beside = gathered and plan.gather == "beside"
+    fp8 = FP8_CODES.get(problem.kv_dtype, 0) if on["HAS_POOL"] and (beside or not gathered) else 0
     most, registers = REGISTERS[consumers]
-    if fp8 or on["MASK"]:
+    if beside:
+        registers = BESIDE_REGISTERS
+    elif fp8 or on["MASK"]:
         registers = FP8_REGISTERS
     elif gather and split and plan.tile.block_n <= 64 and not latent(problem):
         registers = SPLIT_GATHER_REGISTERS
@@ -101,7 +105,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         CONSUMER_REGISTERS=registers[0],
         PRODUCER_REGISTERS=registers[1],
         PRODUCER_WARPS=PRODUCER_WARPS if gather else 1,
-        CODE_COLUMNS=code_columns(problem) if fp8 else 0,
+        CODE_COLUMNS=code_columns(problem) if fp8 and not beside else 0,
     )
     numbers = (
         *strides(inputs.k_pool), *strides(inputs.v_pool), *strides(inputs.v_new), *strides(inputs.o), PATIENCE,
@@ -132,8 +136,13 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         own = (*own, Workspace("arrivals", tiles, torch.int32, zeroed=True))
     if not gathered:
         return Recipe((tiled,), tensors, own)
-    first, prefixes = gather_before(plan, inputs, problem, programs)
-    return Recipe((first, tiled), functools.partial(_tensors_of_gathered, boxes), (*prefixes, *own))
+    prefixes = prefix_rows(problem, inputs.q.dtype)
+    if beside:
+        words = READY_HEADER + (problem.num_kv_indices // keys + problem.batch_size + 1) * problem.num_kv_heads
+        ready = Workspace("ready", words, torch.int32, zeroed=True)
+        return Recipe((tiled,), functools.partial(_tensors_beside, boxes), (*prefixes, ready))
+    first = gather_before(plan, inputs, problem, programs)
+    return Recipe((first, tiled), functools.partial(_tensors_ahead, boxes), (*prefixes, *own))
 
 
 _FEATURES = (
@@ -146,19 +155,29 @@ Runs = Optional[Tuple[int, int]]  # and of those of the pool's keys
 
 
 def _tensors(boxes: Boxes, runs: Runs, i: Inputs, *parts: torch.Tensor) -> Tuple[List[object], ...]:
-    return (_tiled_tensors(boxes, runs, (), i, *parts),)
+    return (_tiled_tensors(boxes, runs, (), None, i, *parts),)
 
 
-def _tensors_of_gathered(boxes: Boxes, i: Inputs, *own: torch.Tensor) -> Tuple[List[object], ...]:
-    return gather_tensors(i, *own[:2]), _tiled_tensors(boxes, None, own[:2], i, *own[2:])
+def _tensors_ahead(boxes: Boxes, i: Inputs, *own: torch.Tensor) -> Tuple[List[object], ...]:
+    return gather_tensors(i, *own[:2]), _tiled_tensors(boxes, None, own[:2], None, i, *own[2:])
+
+
+def _tensors_beside(boxes: Boxes, i: Inputs, *own: torch.Tensor) -> Tuple[List[object], ...]:
+    return (_tiled_tensors(boxes, None, own[:2], own[2], i),)
 
 
 def _tiled_tensors(
-    boxes: Boxes, runs: Runs, prefixes: Sequence[torch.Tensor], i: Inputs, *parts: torch.Tensor
+    boxes: Boxes,
+    runs: Runs,
+    prefixes: Sequence[torch.Tensor],
+    ready: Optional[torch.Tensor],
+    i: Inputs,
+    *parts: torch.Tensor,
 ) -> List[object]:
-    """With ``numbers`` above, the one place that knows the order of tiled_kernel's arguments. ``prefixes``: keys and
-    values that were gathered."""
+    """With ``numbers`` above, the one place that knows the order of tiled_kernel's arguments. ``prefixes``: gathered
+    keys and values, if they are; ``ready``: the words of their units, if this kernel gathers them."""
     partial, partial_ml, arrivals = parts or (None, None, None)
+    k_rows, v_rows = (None, None) if ready is None else prefixes
     k_prefix = v_prefix = None
     if prefixes:  # in the boxes of new tokens
         k_prefix, v_prefix = (
@@ -169,9 +188,9 @@ def _tiled_tensors(
     return [
         *(None if box is None else ragged_descriptor(t, *box) for t, box in zip(rows, boxes)),
         None if runs is None else run_descriptor(i.k_pool, *runs),
-        k_prefix, v_prefix, i.v_new, codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse, i.qo_indptr, i.kv_indptr,
-        i.kv_indices, i.prefix_lens, mask_bytes(i), i.mask_indptr, i.sinks, i.window_offsets, i.q_positions, partial,
-        partial_ml, arrivals,
+        k_prefix, v_prefix, k_rows, v_rows, ready, i.v_new, codes_of(i.k_pool), codes_of(i.v_pool), i.o, i.lse,
+        i.qo_indptr, i.kv_indptr, i.kv_indices, i.prefix_lens, mask_bytes(i), i.mask_indptr, i.sinks,
+        i.window_offsets, i.q_positions, partial, partial_ml, arrivals,
     ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..compat import gdc_launch_dependents, gdc_wait
 from .gluon_compat import constexpr_function
 from .ring import Ring, barriers
+from .tiled_copies import COPY_WARPS, copy_prefixes
 from .tiled_epilogue import finish_part, store
 from .tiled_fp8 import CODE_TILES, produce_fp8
 from .tiled_latent import BOX, PARTS, consume_latent, produce_latent
@@ -205,11 +206,11 @@ UNALIGNED = [
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def tiled_kernel(
-    q_desc, k_desc, v_desc, o_desc, k_runs, k_prefix, v_prefix, v_new, k_pool, v_pool, o, lse, qo_indptr, kv_indptr,
-    kv_indices, prefix_lens, custom_mask, mask_indptr, sinks, window_offsets, q_positions, partial, partial_ml,
-    arrivals, stride_ks, stride_kg, stride_vs, stride_vg, stride_vt, stride_vh, stride_ot, stride_oh, patience,
-    batch_size, row_blocks, splits, sections, window, new_scale, pool_scale, v_scale, logit_cap, temperature_len,
-    log2_temperature_len,
+    q_desc, k_desc, v_desc, o_desc, k_runs, k_prefix, v_prefix, k_rows, v_rows, ready, v_new, k_pool, v_pool, o, lse,
+    qo_indptr, kv_indptr, kv_indices, prefix_lens, custom_mask, mask_indptr, sinks, window_offsets, q_positions,
+    partial, partial_ml, arrivals, stride_ks, stride_kg, stride_vs, stride_vg, stride_vt, stride_vh, stride_ot,
+    stride_oh, patience, batch_size, row_blocks, splits, sections, window, new_scale, pool_scale, v_scale, logit_cap,
+    temperature_len, log2_temperature_len,
     CONSUMERS: gl.constexpr, NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, K_COLUMNS: gl.constexpr,
     K_CHUNKS: gl.constexpr, BLOCK_DV: gl.constexpr, V_SLICES: gl.constexpr, QUERIES: gl.constexpr,
@@ -226,6 +227,7 @@ def tiled_kernel(
         gdc_launch_dependents()
     RUNS: gl.constexpr = k_runs is not None
     GATHERED: gl.constexpr = k_prefix is not None
+    BESIDE: gl.constexpr = ready is not None
     FROM_POOL: gl.constexpr = HAS_POOL and not GATHERED
     COPIES: gl.constexpr = MASK and not UNIFIED  # new values come one by one too
     # a gathered slot is filled by all threads of the producer
@@ -238,8 +240,8 @@ def tiled_kernel(
     c = Shape(
         CONSUMERS, NUM_HEADS, GROUP, HEADS, NUM_HEADS // HEADS, ROWS if HEADS == 2 or LATENT else CONSUMERS * ROWS,
         HEAD_DIM, HEAD_DIM_V, BLOCK_N, K_COLUMNS, K_CHUNKS, BLOCK_DV, V_SLICES, QUERIES, ONE_RING, STAGED, LATENT,
-        APART, SPLIT, PDL, HAS_POOL, GATHERED, (FROM_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL, WINDOW,
-        MASK, MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK, OFFSETS, LSE,
+        APART, SPLIT, PDL, HAS_POOL, GATHERED, BESIDE, (FROM_POOL and not FP8) or COPIES, UNIFIED, FP8, RUNS, CAUSAL,
+        WINDOW, MASK, MASK_PREFIX, SINKS, CAP, TEMPERATURE, Q_POSITIONS, BY_POSITION, MASK, OFFSETS, LSE,
         V_SCALED, NEGATE, 0.0 if V_SCALED and q_desc.dtype == gl.float16 else SLACK, BLOCK_DV <= PAIRED_MAX,
         gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]), O, gl.DotOperandLayout(0, O, 2),
     )  # fmt: skip
@@ -260,6 +262,9 @@ def tiled_kernel(
         k_runs if RUNS else q_desc,
         k_prefix if GATHERED else q_desc,
         v_prefix if GATHERED else q_desc,
+        k_rows if BESIDE else o,
+        v_rows if BESIDE else o,
+        ready if BESIDE else qo_indptr,
     )  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, K_COLUMNS], dtype)
@@ -286,7 +291,7 @@ def tiled_kernel(
         barriers(K_STAGES * SHARE, ARRIVALS), barriers(K_STAGES * SHARE, CONSUMERS), K_STAGES * SHARE,
     )  # fmt: skip
     pool_slots = q_slots
-    if FROM_POOL and not (LATENT or FP8):
+    if BESIDE or (FROM_POOL and not (LATENT or FP8)):
         pool_slots = gl.allocate_shared_memory(gl.int32, [2, BLOCK_N], WORDS)
     v_ring = k_ring
     if not ONE_RING:
@@ -310,7 +315,7 @@ def tiled_kernel(
         ),
     )  # fmt: skip
     fence_async_shared()
-    if FP8:
+    if FROM_POOL and FP8:
         CODES: gl.constexpr = gl.NVMMASharedLayout(64, 32, 2)
         staged = gl.allocate_shared_memory(gl.int32, [CODE_TILES, BLOCK_N, CODE_COLUMNS // 4], CODES)
         gl.warp_specialize(
@@ -321,6 +326,17 @@ def tiled_kernel(
             ],
             [4, PRODUCER_WARPS],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    elif BESIDE:
+        gl.warp_specialize(
+            [
+                (consume, (0, call, memory, c)),
+                (consume, (1, call, memory, c)),
+                (copy_prefixes, (sources, call, memory, c)),
+                (produce, (sources, call, memory, ARRIVALS, c)),
+            ],
+            [4, COPY_WARPS, PRODUCER_WARPS],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
         )
     else:
         gl.warp_specialize(

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .addresses import rows_at
 from .gluon_compat import struct, tma_load
+from .tiled_copies import await_unit, epoch_of, leave, word_of
 from .tiled_gather import gather, gather_slots, piece_of, slots_of
 from .tiled_masks import some_row_sees
 from .tiled_schedule import announce, announce_first, announced, search_at
@@ -25,7 +26,8 @@ from .tiled_work import ROWS, Stretch, box_at, box_of, key_place, new_tokens, ti
 @struct
 class Sources:
     """Where rows come from: ragged descriptors of q, k and v, the pools [slots, heads, dim] and the slots' numbers; v
-    once more, for rows that a mask may hide; descriptors of runs in the key pool and, ragged, of gathered prefixes."""
+    once more, for rows that a mask may hide; descriptors of runs in the key pool. Where prefixes are gathered:
+    ragged descriptors of their rows, and beside the walk the rows and ``ready`` (tiled_copies.py)."""
 
     q: tma.tensor_descriptor
     k: tma.tensor_descriptor
@@ -43,6 +45,9 @@ class Sources:
     k_runs: tma.tensor_descriptor
     k_prefix: tma.tensor_descriptor
     v_prefix: tma.tensor_descriptor
+    k_rows: gl.tensor
+    v_rows: gl.tensor
+    ready: gl.tensor
 
 
 @gluon.jit
@@ -153,6 +158,14 @@ def new_values(sources, item, tiles, t, head, ring, n, ARRIVALS: gl.constexpr, c
 
 
 @gluon.jit
+def await_tile(sources, prefix, item, tiles, t, head, epoch, c):
+    """Until the rows of tile t were gathered, if that is one of the prefix's tiles."""
+    if (t >= tiles.new_tiles) & (t < tiles.end):
+        tile = tiles.pool_hi - 1 - (t - tiles.new_tiles)
+        await_unit(sources.ready, epoch, word_of(item.sequence, prefix.start, tile, head, c))
+
+
+@gluon.jit
 def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     """K of tile t + 1 goes before V of tile t: that is the order in which consumers ask for them. Slots are looked up
     a tile ahead, one a thread, and go round through shared memory; the next item is found while consumers have the
@@ -163,6 +176,7 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
     n = 0
     number = 0
     total, item, kv_start = announce_first(memory.board, call, c)
+    epoch = epoch_of(sources.ready) if c.BESIDE else 0
     while item.extend_len != 0:
         tiles = tiles_of(item, call, c)
         head = item.head_block * c.HEADS // c.GROUP
@@ -200,9 +214,13 @@ def produce(sources, call, memory, ARRIVALS: gl.constexpr, c):
                     sources, item, tiles, t - 1, head, memory.slots.index((n - 1) & 1), memory.v_ring, values_at,
                     LAYOUT, call, c,
                 )  # fmt: skip
+            if c.BESIDE:  # while consumers are at the tiles before
+                await_tile(sources, prefix, item, tiles, t + 1, head, epoch, c)
             if t == search_at(tiles):
                 announce(memory.board, number + 1, total, call, c)
             n += 1
         n -= 1
         number += 1
         item, kv_start = announced(memory.board, number, c)
+    if c.BESIDE:
+        leave(sources.ready, epoch)

@@ -22,11 +22,11 @@ class Shape:
     columns, or, if LATENT, where values are the first columns of keys, consumers (tiled_latent.py); APART: those of
     new tokens are not. QUERIES: query tiles a consumer, this item's and the next one's if there are two. ONE_RING:
     keys and values share a ring. STAGED: the output leaves through the query's place. SPLIT: an item's keys are cut
-    into parts. PDL: the kernel ahead may still run. GATHERED: the prefixes' rows were, and follow one another. GATHERS:
-    rows come by asynchronous copies, which consumers must fence off, or, with RUNS, by TMA. FP8: 0, or what fp8_rows.py
-    calls the pool's codes. BY_POSITION: the window goes by ``q_positions``. SLACK: of weigh, but for a walk's first
-    tiles. PAIRED: see rounded. UNSEEN: a row may see no key of an item. S, O, P: the layouts of a consumer's logits,
-    accumulator, weights.
+    into parts. PDL: the kernel ahead may still run. GATHERED: the prefixes' rows follow one another, copied ahead or,
+    BESIDE, by this kernel. GATHERS: rows come by asynchronous copies, which consumers must fence off, or, with RUNS, by
+    TMA. FP8: 0, or what fp8_rows.py calls the pool's codes. BY_POSITION: the window goes by ``q_positions``. SLACK: of
+    weigh, but for a walk's first tiles. PAIRED: see rounded. UNSEEN: a row may see no key of an item. S, O, P: the
+    layouts of a consumer's logits, accumulator, weights.
     """
 
     CONSUMERS: gl.constexpr
@@ -51,6 +51,7 @@ class Shape:
     PDL: gl.constexpr
     HAS_POOL: gl.constexpr
     GATHERED: gl.constexpr
+    BESIDE: gl.constexpr
     GATHERS: gl.constexpr
     UNIFIED: gl.constexpr
     FP8: gl.constexpr
