@@ -155,6 +155,7 @@ def test_row_counts_may_differ(mode, longer):
     import extend_attn
 
     case = mode.case(layout="plain", beyond=0, lengths=[(17, 8)])
+    mode.call(case)  # skips where the plan can't run
     nan_rows = lambda t: torch.cat([t, torch.full_like(t[:1], float("nan")).expand(7, -1, -1)])  # noqa: E731
     out, _ = case.out()
     tokens = case.tokens
