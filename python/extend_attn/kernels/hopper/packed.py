@@ -29,7 +29,7 @@ from .packed_masks import rows_see, whole_places
 from .packed_work import Call, Shape
 from .ring import Ring, barriers
 from .shares import Share, even_share, next_work, parts_of
-from .softmax import NONE_SEEN, SLACK, any_over, bent_logits, no_sums, row_sums, thread_sums
+from .softmax import NONE_SEEN, SLACK, SLACK_LSE, any_over, bent_logits, no_sums, row_sums, thread_sums
 
 UNSPECIALIZED = [
     "batch_size", "window", "sm_scale", "pool_scale", "v_scale", "logit_cap", "temperature_len", "log2_temperature_len",
@@ -59,12 +59,12 @@ def _load_query(call, work, shape, q_tile, COLUMN: gl.constexpr):
 
 
 @gluon.jit
-def _fold_values(acc, p, slot, p_tile, kind: gl.constexpr):
-    """O^T + V^T P^T, with P in type ``kind``, which is V's."""
-    weights = reinterpret(p_tile, kind, p_tile.shape, p_tile.layout)
-    weights.store(gl.permute(p.to(kind), (1, 0)))
+def _fold_values(acc, p, slot, p_tile):
+    """O^T + V^T P^T, with P of V's type."""
+    weights = reinterpret(p_tile, p.dtype, p_tile.shape, p_tile.layout)
+    weights.store(gl.permute(p, (1, 0)))
     fence_async_shared()
-    values = reinterpret(slot, kind, slot.shape, slot.layout)
+    values = reinterpret(slot, p.dtype, slot.shape, slot.layout)
     product = warpgroup_mma(values.permute((1, 0)), weights.permute((1, 0)), acc, is_async=True)
     return warpgroup_mma_wait(0, [product])
 
@@ -84,6 +84,7 @@ def _consume(
     ROWS: gl.constexpr = gl.SliceLayout(0, MMA)
     STEP: gl.constexpr = 1 if shape.V_IS_K else 2
     kind: gl.constexpr = call.q.dtype.element_ty
+    SLACK_HERE: gl.constexpr = SLACK_LSE if shape.LSE else SLACK
     n = 0
     cursor, sequence, base = share.cursor, share.sequence, share.base
     while cursor < share.end:
@@ -136,16 +137,17 @@ def _consume(
                 scale = gl.to_tensor(1.0)
             moves = i == work.first
             if not moves:
-                moves = any_over(s * scale - m_i[None, :], SLACK, flags.index(WHO))
+                moves = any_over(s * scale - m_i[None, :], SLACK_HERE, flags.index(WHO))
             if moves:
                 m_new = gl.max(s * scale, 0)
-                m_new = gl.where(m_new > m_i + SLACK, m_new, m_i)
+                m_new = gl.where(m_new > m_i + SLACK_HERE, m_new, m_i)
                 alpha = gl.exp2(m_i - m_new)
                 m_i = m_new
                 acc = acc * alpha[None, :]
                 sums = sums * gl.convert_layout(alpha, gl.SliceLayout(0, sums.type.layout))[None, :]
             p = gl.exp2(s * scale - m_i[None, :])
-            sums += thread_sums(p)
+            rounded = p.to(gl.float16 if shape.V_HALF else kind)
+            sums += thread_sums(p if shape.LSE else rounded.to(gl.float32))
             if shape.V_SCALED and not shape.UNIFIED:  # what the pool's tiles gave, when they have ended
                 if i == work.pool_tiles:
                     acc = acc * call.v_scale
@@ -154,7 +156,7 @@ def _consume(
                 if not shape.FP8:
                     fence_async_shared()
             p_tile = weights.index(at)
-            acc = _fold_values(acc, p, ring.slot(n), p_tile, gl.float16 if shape.V_HALF else kind)
+            acc = _fold_values(acc, rounded, ring.slot(n), p_tile)
             ring.release(n)
             n += 1
         if shape.V_SCALED:

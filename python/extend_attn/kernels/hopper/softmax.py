@@ -7,9 +7,10 @@ from .gluon_compat import constexpr_function
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-# What a maximum may fall behind by, in powers of two. A weight above it is rounded where 1 would not be: with 3 a key
-# that takes nearly all weight cost 2.7e-3 of the largest output.
-SLACK = gl.constexpr(1.0)
+# What a maximum may fall behind by, in powers of two. The weight of a key that outdoes it is rounded where 1 would not
+# be, and where that key takes nearly all of the sum, the sum must be rounded with it: else 3 costs 2.7e-3 of the
+# largest output (tests/test_standing_maxima.py). An LSE asks for sums that are not rounded, and so for less slack.
+SLACK, SLACK_LSE = gl.constexpr(3.0), gl.constexpr(1.0)
 NONE_SEEN = gl.constexpr(-3.0e38)  # the maximum of a row that has seen no key: finite, so that -inf minus it is -inf
 
 
