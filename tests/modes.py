@@ -47,11 +47,13 @@ class Mode:
             size = {"lengths": list(LARGE), "dim": 64}
         return make_case(**{"dtype": self.dtype, "device": self.device, **size, **spec})
 
-    def call(self, case: Case, **kwargs) -> Tuple[torch.Tensor, torch.Tensor, Any]:
-        """(output, its poisoned buffer, what the function returned)."""
+    def call(
+        self, case: Case, out: Optional[torch.Tensor] = None, **kwargs
+    ) -> Tuple[torch.Tensor, torch.Tensor, Any]:  # fmt: skip
+        """(output, its poisoned buffer, what the function returned); ``out``: another to write to, its own buffer."""
         import extend_attn
 
-        out, buffer = case.out()
+        out, buffer = case.out() if out is None else (out, out)
         if self.kernel:
             kwargs.setdefault("plan", dict(self.plan))
         try:

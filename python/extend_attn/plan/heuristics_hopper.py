@@ -126,7 +126,7 @@ PAIR_TO_NARROW, PAIR_NARROW_HEAD_DIM, PAIR_WAVES = 512, 128, 2
 SHORT_PROMPT = 1024
 # And so do others behind short prefixes: 26 of 86 behind 302 56.8 and 66.7 us, 51 of 66 behind 429 1.00 and 1.04.
 SHORT_PREFIX_TILED = 384
-# Prefixes are gathered ahead where so many blocks of 128 rows read each of their keys: on an H200, us without and with,
+# Prefixes are gathered where so many blocks of 128 rows read each of their keys: on an H200, us without and ahead,
 # fp8 at head dim 256 with 16 reads 313 and 239, 8 in splits 94 and 75, 4 151 and 166; at 128 with 32 609 and 467, 8 291
 # and 283, 4 159 and 195. Of bf16 with 32 reads at head dim 64 386 and 360, at 128 503 and 484, at 512 664 and 639, but
 # at 256 410 and 427; with 8 at 128 243 and 296. It takes memory of its own: no default takes more than GATHER_BYTES.

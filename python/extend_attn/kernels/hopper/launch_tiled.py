@@ -32,6 +32,7 @@ from ..recipe import Recipe, features, kernel, scalars, strides
 from ..workspace import Workspace
 from .launch_packed import FP8_CODES, PATIENCE, codes_of, mask_bytes, multiprocessors
 from .tiled import tiled_kernel
+from .tiled_copies import HEADER
 
 # By consumers: registers a thread of the launch, and what setmaxnreg makes of them for (consumers, producer). TMA and a
 # gather take 40, with 24 TMA spills between loads; a gather takes 56 where keys are split (one_chunk 93 us with 40, 76
@@ -42,7 +43,6 @@ PRODUCER_WARPS = 4  # that gather
 PANEL = 64  # columns of a TMA box of the pool: see tiled_producer.py
 RAGGED_ROWS = 1 << 30  # see tiled_producer.py
 RAGGED_END = 0x7FFF0000  # more than any row
-READY_HEADER = 32  # words before those of units: see tiled_copies.py
 
 
 def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
@@ -138,7 +138,7 @@ def recipe_of(plan: Plan, inputs: Inputs, problem: Problem) -> Recipe:
         return Recipe((tiled,), tensors, own)
     prefixes = prefix_rows(problem, inputs.q.dtype)
     if beside:
-        words = READY_HEADER + (problem.num_kv_indices // keys + problem.batch_size + 1) * problem.num_kv_heads
+        words = HEADER.value + (problem.num_kv_indices // keys + problem.batch_size + 1) * problem.num_kv_heads
         ready = Workspace("ready", words, torch.int32, zeroed=True)
         return Recipe((tiled,), functools.partial(_tensors_beside, boxes), (*prefixes, ready))
     first = gather_before(plan, inputs, problem, programs)

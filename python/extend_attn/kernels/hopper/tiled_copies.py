@@ -19,6 +19,7 @@ from ..compat import gdc_wait
 from .addresses import rows_at
 from .fp8_rows import to_pairs
 from .gluon_compat import barrier, constexpr_function, reinterpret, struct
+from .tiled_gather import in_every_warp
 
 COPY_WARPS = gl.constexpr(2)
 SEQUENCES = gl.constexpr(128)  # at most
@@ -39,14 +40,6 @@ class Unit:
     head: gl.tensor
     word: gl.tensor
     there: gl.tensor
-
-
-@constexpr_function
-def in_every_warp(size, warps):
-    """A layout of ``size`` numbers of which every warp holds all."""
-    registers = [[32 << i] for i in range((size // 32).bit_length() - 1)]
-    lanes = [[1 << i] for i in range(5)]
-    return gl.DistributedLinearLayout(registers, lanes, [[0]] * (warps.bit_length() - 1), [], [size])
 
 
 @constexpr_function

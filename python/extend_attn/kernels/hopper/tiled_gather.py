@@ -34,11 +34,11 @@ def slots_layout(warps):
 
 
 @constexpr_function
-def all_keys_layout(keys, warps):
-    """Every warp holds all keys."""
-    registers = [[32 << i] for i in range((keys // 32).bit_length() - 1)]
+def in_every_warp(size, warps):
+    """A layout of ``size`` numbers of which every warp holds all."""
+    registers = [[32 << i] for i in range((size // 32).bit_length() - 1)]
     lanes = [[1 << i] for i in range(5)]
-    return gl.DistributedLinearLayout(registers, lanes, [[0]] * (warps.bit_length() - 1), [], [keys])
+    return gl.DistributedLinearLayout(registers, lanes, [[0]] * (warps.bit_length() - 1), [], [size])
 
 
 @gluon.jit
@@ -90,7 +90,7 @@ def arrived(kv_indices, slots, c):
     strays = slots.strays
     if c.RUNS:
         if strays == 0:
-            key = gl.arange(0, c.BLOCK_N, layout=all_keys_layout(c.BLOCK_N, gl.num_warps()))
+            key = gl.arange(0, c.BLOCK_N, layout=in_every_warp(c.BLOCK_N, gl.num_warps()))
             own = gl.load(kv_indices + slots.start + key).to(gl.int32)
             begin = gl.load(kv_indices + slots.start + key // RUN * RUN).to(gl.int32)
             strays = gl.sum((own - begin != key % RUN).to(gl.int32), 0)
